@@ -1,0 +1,161 @@
+//! Everything a resume needs, as safetensors and JSON: trained parameters, optimiser moments, loader position, counters.
+//!
+//! | file | content |
+//! | --- | --- |
+//! | `parameters.safetensors` | trained parameters by name, f32, as matrices |
+//! | `optimizer.safetensors` | `<name>.first`, `<name>.second` |
+//! | `state.json` | step, tokens, loader position, best evaluation, steps of each moment |
+//! | `config.toml` | the resolved configuration |
+//! | `adapter/` | the adapter so far in PEFT's format (adapter methods) |
+//!
+//! Dropout masks and the order of the data are functions of the seed and the position, so no generator state is kept.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use burn::tensor::{Tensor, TensorData};
+use lowrank_core::optim::AdamW;
+use lowrank_core::optim::adamw::Moments;
+use lowrank_models::hf::{Checkpoint, Dtype, OutTensor, write_safetensors};
+use lowrank_models::save::host_values;
+use lowrank_models::{Decoder, adapters, parameters};
+use serde::{Deserialize, Serialize};
+
+use crate::data::LoaderState;
+use crate::error::Problem;
+use crate::session::Adapter;
+
+/// Counters of a run.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Counters {
+    /// Optimiser steps done.
+    pub step: u64,
+    /// Tokens seen, padding not counted.
+    pub tokens: u64,
+    /// Micro batches run, for dropout.
+    pub micro_batches: u64,
+    /// Loss of the last step.
+    pub train_loss: f64,
+    /// Loss of the last evaluation.
+    pub eval_loss: Option<f64>,
+    /// Exact match of the last evaluation.
+    pub exact_match: Option<f64>,
+    /// Lowest evaluation loss and its step.
+    pub best: Option<(f64, u64)>,
+    /// Evaluations since the lowest.
+    pub evaluations_since_best: u64,
+}
+
+#[derive(Serialize, Deserialize)]
+struct State {
+    version: u32,
+    counters: Counters,
+    loader: LoaderState,
+    /// Steps taken by the moments of each parameter.
+    moment_steps: BTreeMap<String, u32>,
+}
+
+const VERSION: u32 = 1;
+
+fn cannot(doing: &str, folder: &Path) -> Problem {
+    Problem::run(format!("cannot {doing} the checkpoint in {}", folder.display()))
+}
+
+fn matrix(name: String, value: Tensor<2>) -> OutTensor<'static> {
+    let dims = value.dims();
+    OutTensor::new(name, Dtype::F32, &dims, move || {
+        lowrank_models::hf::dtype::from_f32(&host_values(value), Dtype::F32)
+    })
+}
+
+/// Writes all files into an open checkpoint folder.
+///
+/// # Errors
+/// Anything the disk refuses.
+pub fn write(
+    folder: &Path,
+    decoder: &Decoder,
+    adapter: Option<&Adapter>,
+    base_model: &str,
+    optimizer: &AdamW,
+    counters: &Counters,
+    loader: LoaderState,
+    config_text: &str,
+) -> Result<(), Problem> {
+    let failed = |error| cannot("write", folder).source(error);
+    let mut values = vec![];
+    parameters::visit(decoder, "", |entry| {
+        if entry.trained {
+            values.push(matrix(entry.name.to_owned(), (entry.value)()));
+        }
+    });
+    write_safetensors(&folder.join("parameters.safetensors"), values, &[]).map_err(failed)?;
+    let moments = optimizer.state.iter().flat_map(|(name, moments)| {
+        [
+            matrix(format!("{name}.first"), moments.first.clone()),
+            matrix(format!("{name}.second"), moments.second.clone()),
+        ]
+    });
+    write_safetensors(&folder.join("optimizer.safetensors"), moments.collect(), &[]).map_err(failed)?;
+    if let Some(adapter) = adapter {
+        adapters::save_adapter(decoder, &adapter.config, &adapter.attached, base_model, &folder.join("adapter"))
+            .map_err(|error| cannot("write", folder).source(error))?;
+    }
+    let moment_steps = optimizer.state.iter().map(|(name, moments)| (name.clone(), moments.step)).collect();
+    let state = State { version: VERSION, counters: counters.clone(), loader, moment_steps };
+    let json = serde_json::to_vec_pretty(&state).map_err(|error| cannot("write", folder).source(error))?;
+    let write = |name: &str, bytes: &[u8]| {
+        std::fs::write(folder.join(name), bytes).map_err(|error| cannot("write", folder).source(error))
+    };
+    write("state.json", &json)?;
+    write("config.toml", config_text.as_bytes())
+}
+
+/// Reads a complete checkpoint into the model and the optimiser; returns counters and loader position.
+///
+/// # Errors
+/// A file is missing or does not fit the model.
+pub fn read(folder: &Path, decoder: &mut Decoder, optimizer: &mut AdamW) -> Result<(Counters, LoaderState), Problem> {
+    let text = std::fs::read_to_string(folder.join("state.json")).map_err(|error| cannot("read", folder).source(error))?;
+    let state: State = serde_json::from_str(&text).map_err(|error| cannot("read", folder).source(error))?;
+    if state.version != VERSION {
+        return Err(cannot("read", folder).hint(format!("it has format {}, this program reads {VERSION}", state.version)));
+    }
+    let failed = |error| cannot("read", folder).source(error);
+    let stored = Checkpoint::open_file(&folder.join("parameters.safetensors")).map_err(failed)?;
+    let moments = Checkpoint::open_file(&folder.join("optimizer.safetensors")).map_err(failed)?;
+    let device = decoder.device();
+    let tensor = |file: &Checkpoint, name: &str, dims: [usize; 2]| -> Result<Tensor<2>, Problem> {
+        let view = file.get(name).map_err(failed)?;
+        if view.shape != dims {
+            return Err(cannot("read", folder).hint(format!("{name} has shape {:?}, the model expects {dims:?}", view.shape)));
+        }
+        Ok(Tensor::from_data(TensorData::new(view.to_f32(), dims), &device))
+    };
+    let trained: BTreeMap<String, Vec<usize>> = parameters::trained(decoder).into_iter().collect();
+    let mut problem = None;
+    let mut read_one = |name: &str, dims: [usize; 2]| -> Result<Tensor<2>, Problem> {
+        if let Some(&step) = state.moment_steps.get(name) {
+            let first = tensor(&moments, &format!("{name}.first"), dims)?;
+            let second = tensor(&moments, &format!("{name}.second"), dims)?;
+            optimizer.state.insert(name.to_owned(), Moments { first, second, step });
+        }
+        tensor(&stored, name, dims)
+    };
+    decoder.map_parameters(&mut |name, value| {
+        if !trained.contains_key(name) || problem.is_some() {
+            return value;
+        }
+        match read_one(name, value.dims()) {
+            Ok(stored) => stored,
+            Err(error) => {
+                problem = Some(error);
+                value
+            }
+        }
+    });
+    match problem {
+        Some(problem) => Err(problem),
+        None => Ok((state.counters, state.loader)),
+    }
+}

@@ -1,0 +1,299 @@
+//! The command line: `lowrank-train --config run.toml` trains, subcommands do the rest.
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+
+use clap::error::ErrorKind;
+use clap::{Args, CommandFactory, Parser, Subcommand};
+
+use crate::config::Dtype;
+
+/// Version and commit: `0.1.0 (1a2b3c4)`.
+pub const VERSION: &str = concat!(env!("CARGO_PKG_VERSION"), " (", env!("LOWRANK_COMMIT"), ")");
+
+const EXAMPLES: &str = "\
+Examples:
+  lowrank-train --config configs/finetune/smollm2-lora.toml
+  lowrank-train --config run.toml --set optimizer.adamw.learning_rate=1e-4 --set seed=1
+  lowrank-train --config run.toml --set training.resume_from_checkpoint=true
+  lowrank-train eval --config run.toml
+  lowrank-train generate --model models/smollm2 --adapter runs/demo/adapter --prompt \"Hello\"
+  lowrank-train merge --model models/smollm2 --adapter runs/demo/adapter --out merged
+  lowrank-train doctor
+
+Exit codes: 0 done; 1 the run failed; 2 the command or configuration is wrong; 130 interrupted (a checkpoint was written).";
+
+/// What the process was started with.
+#[derive(Debug, Parser)]
+#[command(
+    name = "lowrank-train",
+    version = VERSION,
+    about = "Fine-tunes and pre-trains language models with low-rank methods, from one TOML file",
+    after_help = EXAMPLES,
+    args_conflicts_with_subcommands = true
+)]
+struct Cli {
+    #[command(subcommand)]
+    command: Option<Command>,
+    #[command(flatten)]
+    train: TrainArgs,
+    /// Show debug messages too
+    #[arg(short, long, global = true, display_order = 900)]
+    verbose: bool,
+}
+
+/// A subcommand with its arguments.
+#[derive(Debug, Clone, PartialEq, Subcommand)]
+pub enum Command {
+    /// Train; the same as no subcommand
+    #[command(after_help = TRAIN_EXAMPLES)]
+    Train(TrainArgs),
+    /// Report the loss on held-out data, and the share of generated answers that equal the reference
+    #[command(after_help = EVAL_EXAMPLES)]
+    Eval(EvalArgs),
+    /// Answer a prompt, or every line of standard input
+    #[command(after_help = GENERATE_EXAMPLES)]
+    Generate(GenerateArgs),
+    /// Add an adapter to the weights of its base model and write a Hugging Face folder
+    #[command(after_help = MERGE_EXAMPLES)]
+    Merge(MergeArgs),
+    /// Show the devices of this machine, what they can do, and what is wrong
+    #[command(after_help = DOCTOR_EXAMPLES)]
+    Doctor(DoctorArgs),
+}
+
+const TRAIN_EXAMPLES: &str = "\
+Examples:
+  lowrank-train train --config run.toml
+  lowrank-train train --config run.toml --set adapter.lora.r=32 --out runs/r32
+
+An interrupt (Ctrl-C) finishes the step, writes a checkpoint and ends with code 130. To go on from there:
+  lowrank-train train --config run.toml --set training.resume_from_checkpoint=true";
+
+const EVAL_EXAMPLES: &str = "\
+Examples:
+  lowrank-train eval --config run.toml                    the adapter or model of the run, on its data.eval
+  lowrank-train eval --config run.toml --adapter runs/demo/checkpoints/step-50/adapter
+  lowrank-train eval --model models/smollm2 --data data/demo/eval.jsonl --no-generate";
+
+const GENERATE_EXAMPLES: &str = "\
+Examples:
+  lowrank-train generate --model models/smollm2 --prompt \"What is a rank?\"
+  lowrank-train generate --config run.toml --prompt \"Hello\" --temperature 0.7 --top-p 0.9 --seed 1
+  lowrank-train generate --model models/smollm2 --adapter runs/demo/adapter < prompts.txt
+  lowrank-train generate --model models/smollm2 --raw --prompt \"Once upon a time\"";
+
+const MERGE_EXAMPLES: &str = "\
+Examples:
+  lowrank-train merge --model models/smollm2 --adapter runs/demo/adapter --out merged --dtype bf16
+  lowrank-train merge --config run.toml                   writes <output_dir>/model";
+
+const DOCTOR_EXAMPLES: &str = "\
+Examples:
+  lowrank-train doctor
+  lowrank-train doctor --device cuda:1";
+
+/// Where the configuration comes from; the same for every command.
+#[derive(Debug, Clone, Default, PartialEq, Args)]
+pub struct ConfigArgs {
+    /// Configuration of the run
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+    /// Override one key of the configuration; may be repeated
+    #[arg(long = "set", value_name = "KEY=VALUE", requires = "config")]
+    pub sets: Vec<String>,
+}
+
+/// Arguments of `train`.
+#[derive(Debug, Clone, Default, PartialEq, Args)]
+pub struct TrainArgs {
+    /// Configuration and overrides; a configuration is required.
+    #[command(flatten)]
+    pub config: ConfigArgs,
+    /// Folder for the results, instead of output_dir
+    #[arg(long, value_name = "DIR", requires = "config")]
+    pub out: Option<PathBuf>,
+}
+
+impl TrainArgs {
+    /// The overrides of the configuration, with `--out` as the last of them.
+    pub fn overrides(&self) -> Vec<String> {
+        let mut sets = self.config.sets.clone();
+        if let Some(out) = &self.out {
+            let quoted = toml::Value::String(out.to_string_lossy().into_owned());
+            sets.push(format!("output_dir={quoted}"));
+        }
+        sets
+    }
+}
+
+/// Model and adapter of a command that does not train.
+#[derive(Debug, Clone, Default, PartialEq, Args)]
+pub struct ModelArgs {
+    /// Folder or hub id of the model [default: base_model of the configuration]
+    #[arg(long, value_name = "DIR|ID", required_unless_present = "config")]
+    pub model: Option<String>,
+    /// Folder of a PEFT adapter [default: what the run of the configuration wrote]
+    #[arg(long, value_name = "DIR")]
+    pub adapter: Option<PathBuf>,
+}
+
+/// Where and how to compute.
+#[derive(Debug, Clone, Default, PartialEq, Args)]
+pub struct DeviceArgs {
+    /// auto, cpu, cuda, vulkan, metal or wgpu, with an index as in cuda:1 [default: of the configuration, or auto]
+    #[arg(long)]
+    pub device: Option<String>,
+    /// Number format of the weights and the arithmetic [default: of the configuration, or f32]
+    #[arg(long)]
+    pub dtype: Option<Dtype>,
+}
+
+/// Arguments of `eval`.
+#[derive(Debug, Clone, Default, PartialEq, Args)]
+pub struct EvalArgs {
+    /// Configuration and overrides.
+    #[command(flatten)]
+    pub config: ConfigArgs,
+    /// What is evaluated.
+    #[command(flatten)]
+    pub model: ModelArgs,
+    /// File of records [default: data.eval of the configuration]
+    #[arg(long, value_name = "FILE", required_unless_present = "config")]
+    pub data: Option<PathBuf>,
+    /// Use only the first N records
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    pub max_samples: Option<u64>,
+    /// Report the loss only, do not generate answers
+    #[arg(long)]
+    pub no_generate: bool,
+    /// File for the results as JSON, instead of standard output
+    #[arg(long, value_name = "FILE")]
+    pub out: Option<PathBuf>,
+    /// Where and how to compute.
+    #[command(flatten)]
+    pub device: DeviceArgs,
+}
+
+/// Arguments of `generate`.
+#[derive(Debug, Clone, PartialEq, Args)]
+pub struct GenerateArgs {
+    /// Configuration and overrides.
+    #[command(flatten)]
+    pub config: ConfigArgs,
+    /// What answers.
+    #[command(flatten)]
+    pub model: ModelArgs,
+    /// The prompt [default: every line of standard input]
+    #[arg(long, value_name = "TEXT")]
+    pub prompt: Option<String>,
+    /// Text of a system message before the prompt
+    #[arg(long, value_name = "TEXT", conflicts_with = "raw")]
+    pub system: Option<String>,
+    /// Longest answer, in tokens
+    #[arg(long, value_name = "N", default_value_t = 256, value_parser = clap::value_parser!(u64).range(1..))]
+    pub max_new_tokens: u64,
+    /// Randomness of the choice; 0 always takes the most likely token
+    #[arg(long, value_name = "T", default_value_t = 0.0, value_parser = temperature)]
+    pub temperature: f64,
+    /// Choose among the most likely tokens that together have this probability
+    #[arg(long, value_name = "P", default_value_t = 1.0, value_parser = probability)]
+    pub top_p: f64,
+    /// Choose among the K most likely tokens; 0 is all
+    #[arg(long, value_name = "K", default_value_t = 0)]
+    pub top_k: u64,
+    /// Seed of the choice
+    #[arg(long, value_name = "N", default_value_t = 42)]
+    pub seed: u64,
+    /// Continue the text as it is, without the chat template
+    #[arg(long)]
+    pub raw: bool,
+    /// File for the answers, instead of standard output
+    #[arg(long, value_name = "FILE")]
+    pub out: Option<PathBuf>,
+    /// Where and how to compute.
+    #[command(flatten)]
+    pub device: DeviceArgs,
+}
+
+/// Arguments of `merge`.
+#[derive(Debug, Clone, Default, PartialEq, Args)]
+pub struct MergeArgs {
+    /// Configuration and overrides.
+    #[command(flatten)]
+    pub config: ConfigArgs,
+    /// Folder or hub id of the base model [default: base_model of the configuration]
+    #[arg(long, value_name = "DIR|ID", required_unless_present = "config")]
+    pub model: Option<String>,
+    /// Folder of the PEFT adapter [default: <output_dir>/adapter]
+    #[arg(long, value_name = "DIR", required_unless_present = "config")]
+    pub adapter: Option<PathBuf>,
+    /// Folder for the merged model [default: <output_dir>/model]
+    #[arg(long, value_name = "DIR", required_unless_present = "config")]
+    pub out: Option<PathBuf>,
+    /// Number format of the written weights [default: that of the base model]
+    #[arg(long)]
+    pub dtype: Option<Dtype>,
+    /// Replace a model that is in the folder already
+    #[arg(long)]
+    pub overwrite: bool,
+}
+
+/// Arguments of `doctor`.
+#[derive(Debug, Clone, Default, PartialEq, Args)]
+pub struct DoctorArgs {
+    /// Look at one device only
+    #[arg(long)]
+    pub device: Option<String>,
+}
+
+/// A command line that makes sense.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Invocation {
+    /// What to do.
+    pub command: Command,
+    /// Show debug messages too.
+    pub verbose: bool,
+}
+
+/// Reads the command line of this process. Prints help or a usage error itself and then ends the process with code 0
+/// or 2.
+pub fn parse() -> Invocation {
+    try_parse_from(std::env::args_os()).unwrap_or_else(|error| error.exit())
+}
+
+/// Reads a command line; the first argument is the name of the program.
+///
+/// # Errors
+/// A usage error, or the text of `--help` and `--version`. Its `exit_code` is 2 or 0.
+pub fn try_parse_from<T: Into<OsString> + Clone>(
+    arguments: impl IntoIterator<Item = T>,
+) -> Result<Invocation, clap::Error> {
+    let cli = Cli::try_parse_from(arguments)?;
+    let command = cli.command.unwrap_or(Command::Train(cli.train));
+    if let Command::Train(train) = &command
+        && train.config.config.is_none()
+    {
+        let message = "a configuration is required: lowrank-train --config FILE\n\nlowrank-train --help has examples";
+        return Err(Cli::command().error(ErrorKind::MissingRequiredArgument, message));
+    }
+    Ok(Invocation { command, verbose: cli.verbose })
+}
+
+fn temperature(text: &str) -> Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(value) if value >= 0.0 && value.is_finite() => Ok(value),
+        _ => Err("expected a number, 0 or more".to_owned()),
+    }
+}
+
+fn probability(text: &str) -> Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(value) if value > 0.0 && value <= 1.0 => Ok(value),
+        _ => Err("expected a number above 0 and at most 1".to_owned()),
+    }
+}
+
+#[cfg(test)]
+#[path = "cli_tests.rs"]
+mod tests;

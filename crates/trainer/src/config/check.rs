@@ -1,0 +1,237 @@
+//! Checks of a configuration that was read: every value that makes no sense, all at once.
+
+use std::path::Path;
+
+use regex::Regex;
+
+use super::raw::{
+    AdamWConfig, AdapterConfig, EvaluationConfig, LoraConfig, OptimizerConfig, RunConfig, Scheduler, TargetModules,
+    TrainingConfig,
+};
+use super::resolve::Purpose;
+
+/// One sentence for every value that makes no sense, in the order of the file. Empty: the configuration is good.
+pub fn problems(config: &RunConfig, purpose: Purpose) -> Vec<String> {
+    let mut found = Findings(Vec::new());
+    check_run(config, purpose, &mut found);
+    if let Some(AdapterConfig::Lora(lora)) = &config.adapter {
+        check_lora(lora, &mut found);
+    }
+    let OptimizerConfig::Adamw(adamw) = &config.optimizer;
+    check_adamw(adamw, &mut found);
+    let has_eval_data = check_data(config, purpose, &mut found);
+    check_training(&config.training, purpose, &mut found);
+    if purpose == Purpose::Train && !has_eval_data {
+        check_no_evaluation(&config.training, &mut found);
+    }
+    check_at_least_one("logging.logging_steps", config.logging.logging_steps, &mut found);
+    check_evaluation(&config.evaluation, &mut found);
+    found.0
+}
+
+struct Findings(Vec<String>);
+
+impl Findings {
+    /// Records `problem` unless `good`.
+    fn require(&mut self, good: bool, problem: impl FnOnce() -> String) {
+        if !good {
+            self.0.push(problem());
+        }
+    }
+
+    fn push(&mut self, problem: impl Into<String>) {
+        self.0.push(problem.into());
+    }
+}
+
+fn check_run(config: &RunConfig, purpose: Purpose, found: &mut Findings) {
+    found.require(!config.base_model.is_empty(), || {
+        "base_model is missing: name the folder of a checkpoint or a hub id".to_owned()
+    });
+    let needs_output = purpose == Purpose::Train && config.output_dir.as_os_str().is_empty();
+    found.require(!needs_output, || "output_dir is missing: name the folder for the results".to_owned());
+    found.require(device_name_is_valid(&config.device), || {
+        format!(
+            "device is \"{}\", expected auto, cpu, cuda, vulkan, metal or wgpu (with an index as in cuda:1)",
+            config.device
+        )
+    });
+    if let Some(folder) = &config.init_adapter {
+        found.require(folder.join("adapter_config.json").is_file(), || missing_adapter(folder));
+    }
+}
+
+fn missing_adapter(folder: &Path) -> String {
+    format!("init_adapter is \"{}\", which holds no adapter_config.json", folder.display())
+}
+
+/// Whether a text has the form of a device: `auto`, `cpu`, or an API with an optional index.
+pub fn device_name_is_valid(device: &str) -> bool {
+    if device == "auto" || device == "cpu" {
+        return true;
+    }
+    let (api, index) = device.split_once(':').unwrap_or((device, "0"));
+    ["cuda", "vulkan", "metal", "wgpu"].contains(&api)
+        && index.bytes().all(|byte| byte.is_ascii_digit())
+        && index.parse::<u16>().is_ok()
+}
+
+fn check_lora(lora: &LoraConfig, found: &mut Findings) {
+    check_at_least_one("adapter.lora.r", lora.r as u64, found);
+    check_positive("adapter.lora.lora_alpha", lora.lora_alpha, found);
+    let dropout = lora.lora_dropout;
+    found.require((0.0..1.0).contains(&dropout), || {
+        format!("adapter.lora.lora_dropout is {dropout}, must be at least 0 and less than 1")
+    });
+    check_modules("adapter.lora.target_modules", &lora.target_modules, found);
+    if let Some(excluded) = &lora.exclude_modules {
+        check_modules("adapter.lora.exclude_modules", excluded, found);
+    }
+    if lora.layers_to_transform.as_ref().is_some_and(Vec::is_empty) {
+        found.push("adapter.lora.layers_to_transform is empty: leave it out to adapt every block");
+    }
+    if let Some(ratio) = lora.loraplus_lr_ratio {
+        check_positive("adapter.lora.loraplus_lr_ratio", ratio, found);
+    }
+    if let Some(rate) = lora.loraplus_lr_embedding {
+        check_positive("adapter.lora.loraplus_lr_embedding", rate, found);
+        found.require(lora.loraplus_lr_ratio.is_some(), || {
+            "adapter.lora.loraplus_lr_embedding is set without loraplus_lr_ratio".to_owned()
+        });
+    }
+    for (pattern, rank) in &lora.rank_pattern {
+        check_at_least_one(&format!("adapter.lora.rank_pattern.\"{pattern}\""), *rank as u64, found);
+        check_regex("adapter.lora.rank_pattern", pattern, found);
+    }
+    for (pattern, alpha) in &lora.alpha_pattern {
+        check_positive(&format!("adapter.lora.alpha_pattern.\"{pattern}\""), *alpha, found);
+        check_regex("adapter.lora.alpha_pattern", pattern, found);
+    }
+}
+
+fn check_modules(key: &str, modules: &TargetModules, found: &mut Findings) {
+    match modules {
+        TargetModules::Names(names) if names.is_empty() => found.push(format!("{key} is an empty list")),
+        TargetModules::Names(names) if names.iter().any(String::is_empty) => {
+            found.push(format!("{key} holds an empty name"));
+        }
+        TargetModules::Names(_) => {}
+        TargetModules::Pattern(pattern) if pattern.is_empty() => found.push(format!("{key} is empty")),
+        TargetModules::Pattern(pattern) => check_regex(key, pattern, found),
+    }
+}
+
+fn check_regex(key: &str, pattern: &str, found: &mut Findings) {
+    if let Err(error) = Regex::new(pattern) {
+        // The last line of a message of the regex crate is the reason; those above draw the pattern.
+        let text = error.to_string();
+        let reason = text.lines().last().unwrap_or_default().trim_start_matches("error: ");
+        found.push(format!("{key}: \"{pattern}\" is not a regular expression: {reason}"));
+    }
+}
+
+fn check_adamw(adamw: &AdamWConfig, found: &mut Findings) {
+    check_positive("optimizer.adamw.learning_rate", adamw.learning_rate, found);
+    found.require(adamw.betas.iter().all(|beta| (0.0..1.0).contains(beta)), || {
+        format!(
+            "optimizer.adamw.betas is [{}, {}], both must be at least 0 and less than 1",
+            adamw.betas[0], adamw.betas[1]
+        )
+    });
+    check_positive("optimizer.adamw.eps", adamw.eps, found);
+    check_not_negative("optimizer.adamw.weight_decay", adamw.weight_decay, found);
+    for pattern in &adamw.no_decay {
+        check_regex("optimizer.adamw.no_decay", pattern, found);
+    }
+}
+
+/// Checks where data comes from and says whether there is anything to evaluate on.
+fn check_data(config: &RunConfig, purpose: Purpose, found: &mut Findings) -> bool {
+    for (key, problem) in config.data.problems() {
+        found.push(format!("data.{key} {problem}"));
+    }
+    let missing = purpose == Purpose::Train && config.data.train.is_empty();
+    found.require(!missing, || "data.train is missing: name a file, a list of files or a hub data set".to_owned());
+    config.data.eval.is_some() || config.data.val_set_size.is_some()
+}
+
+fn check_training(training: &TrainingConfig, purpose: Purpose, found: &mut Findings) {
+    match (training.max_steps, training.num_epochs) {
+        (Some(_), Some(_)) => found.push("training.max_steps and training.num_epochs are both set: keep one"),
+        (None, None) if purpose == Purpose::Train => {
+            found.push("training.max_steps is missing: set it, or training.num_epochs");
+        }
+        (None, None) => {}
+        (Some(steps), None) => check_at_least_one("training.max_steps", steps, found),
+        (None, Some(epochs)) => check_positive("training.num_epochs", epochs, found),
+    }
+    check_at_least_one("training.micro_batch_size", training.micro_batch_size as u64, found);
+    check_at_least_one("training.gradient_accumulation_steps", training.gradient_accumulation_steps as u64, found);
+    check_schedule(training, found);
+    check_not_negative("training.max_grad_norm", training.max_grad_norm, found);
+    for (key, value) in [
+        ("training.eval_steps", training.eval_steps),
+        ("training.save_steps", Some(training.save_steps)),
+        ("training.save_total_limit", training.save_total_limit.map(|limit| limit as u64)),
+        ("training.early_stopping_patience", training.early_stopping_patience),
+        ("training.head_chunk_tokens", training.head_chunk_tokens.map(|tokens| tokens as u64)),
+    ] {
+        check_at_least_one(key, value.unwrap_or(1), found);
+    }
+    let early_stopping = training.early_stopping_patience.is_some();
+    found.require(!early_stopping || training.eval_steps.is_some(), || {
+        "training.early_stopping_patience is set without training.eval_steps".to_owned()
+    });
+}
+
+fn check_schedule(training: &TrainingConfig, found: &mut Findings) {
+    if training.warmup_steps.is_some() && training.warmup_ratio.is_some() {
+        found.push("training.warmup_steps and training.warmup_ratio are both set: keep one");
+    }
+    check_share("training.warmup_ratio", training.warmup_ratio.unwrap_or(0.0), found);
+    check_share("training.decay_ratio", training.decay_ratio.unwrap_or(0.0), found);
+    check_share("training.min_lr_ratio", training.min_lr_ratio, found);
+    let falls_at_end = training.lr_scheduler == Scheduler::WarmupStableDecay;
+    found.require(falls_at_end || training.decay_ratio.is_none(), || {
+        "training.decay_ratio is set, but only lr_scheduler = \"warmup_stable_decay\" uses it".to_owned()
+    });
+    let Some(total) = training.max_steps else { return };
+    let warmup = training.warmup(total);
+    if warmup > total {
+        found.push(format!("training.warmup_steps is {warmup}, must be at most max_steps ({total})"));
+    } else if falls_at_end && warmup + training.decay(total) > total {
+        let decay = training.decay(total);
+        found.push(format!("training: {warmup} warm-up and {decay} decay steps do not fit into max_steps ({total})"));
+    }
+}
+
+fn check_no_evaluation(training: &TrainingConfig, found: &mut Findings) {
+    for (key, is_set) in [
+        ("training.eval_steps", training.eval_steps.is_some()),
+        ("training.eval_at_start", training.eval_at_start),
+        ("training.early_stopping_patience", training.early_stopping_patience.is_some()),
+    ] {
+        found.require(!is_set, || format!("{key} is set, but there is neither data.eval nor data.val_set_size"));
+    }
+}
+
+fn check_evaluation(evaluation: &EvaluationConfig, found: &mut Findings) {
+    check_at_least_one("evaluation.max_new_tokens", evaluation.max_new_tokens as u64, found);
+    check_at_least_one("evaluation.num_samples", evaluation.num_samples.map_or(1, |n| n as u64), found);
+}
+
+fn check_at_least_one(key: &str, value: u64, found: &mut Findings) {
+    found.require(value >= 1, || format!("{key} is {value}, must be at least 1"));
+}
+
+fn check_positive(key: &str, value: f64, found: &mut Findings) {
+    found.require(value > 0.0 && value.is_finite(), || format!("{key} is {value}, must be greater than 0"));
+}
+
+fn check_not_negative(key: &str, value: f64, found: &mut Findings) {
+    found.require(value >= 0.0 && value.is_finite(), || format!("{key} is {value}, must be at least 0"));
+}
+
+fn check_share(key: &str, value: f64, found: &mut Findings) {
+    found.require((0.0..=1.0).contains(&value), || format!("{key} is {value}, must be between 0 and 1"));
+}

@@ -1,0 +1,145 @@
+//! The functions of the crate: one door per operation, on Burn's tensors of any backend.
+
+use burn::backend::Dispatch;
+use burn::tensor::{Gradients, Int, Tensor};
+
+use crate::{LowRankOps, Maybe};
+pub use crate::adamw::AdamW;
+pub use crate::gated::Activation;
+
+/// `y = x w + bias`. Gradients for `x`, and for `w` and `bias` only where they are trained.
+///
+/// # Shapes
+/// `x [t, d_in]`, `w [d_in, d_out]` (a transposed view costs nothing), `bias [d_out]`, result `[t, d_out]`.
+///
+/// # Panics
+/// As Burn does, where the inner sizes or element types differ.
+pub fn linear(x: Tensor<2>, w: Tensor<2>, bias: Option<Tensor<1>>) -> Tensor<2> {
+    let bias = Maybe::from_option(bias.map(Tensor::into_dispatch));
+    Tensor::from_dispatch(Dispatch::dense_linear(x.into_dispatch(), w.into_dispatch(), bias))
+}
+
+/// `y = x w + bias + scale (mask * x) down up`; `w` never gets a gradient, and no dense delta exists.
+///
+/// # Shapes
+/// `x [t, d_in]`, `w [d_in, d_out]`, `bias [d_out]`, `mask [t, d_in]` (inverted dropout), `down [d_in, r]`, `up [r, d_out]`.
+///
+/// ```
+/// use burn::tensor::{Device, Tensor};
+/// let device = Device::flex();
+/// let x = Tensor::<2>::from_floats([[1.0, 2.0]], &device);
+/// let w = Tensor::<2>::from_floats([[1.0, 0.0], [0.0, 1.0]], &device);
+/// let down = Tensor::<2>::from_floats([[1.0], [1.0]], &device);
+/// let up = Tensor::<2>::from_floats([[0.0, 10.0]], &device);
+/// let y = lowrank_kernels::lowrank_linear(x, w, None, None, down, up, 0.5);
+/// assert_eq!(y.into_data().try_to_vec::<f32>().unwrap(), vec![1.0, 17.0]);
+/// ```
+///
+/// # Panics
+/// As Burn does, where sizes or element types differ.
+pub fn lowrank_linear(
+    x: Tensor<2>,
+    w: Tensor<2>,
+    bias: Option<Tensor<1>>,
+    mask: Option<Tensor<2>>,
+    down: Tensor<2>,
+    up: Tensor<2>,
+    scale: f32,
+) -> Tensor<2> {
+    Tensor::from_dispatch(Dispatch::lowrank_linear(
+        x.into_dispatch(),
+        w.into_dispatch(),
+        Maybe::from_option(bias.map(Tensor::into_dispatch)),
+        Maybe::from_option(mask.map(Tensor::into_dispatch)),
+        down.into_dispatch(),
+        up.into_dispatch(),
+        scale,
+    ))
+}
+
+/// `x / sqrt(mean(x^2) + eps) * (offset + gamma)` over the last axis.
+///
+/// # Shapes
+/// `x [t, d]`, `gamma [d]`.
+pub fn rms_norm(x: Tensor<2>, gamma: Tensor<1>, eps: f32, offset: f32) -> Tensor<2> {
+    Tensor::from_dispatch(Dispatch::rms_norm(x.into_dispatch(), gamma.into_dispatch(), eps, offset))
+}
+
+/// Rotates the pairs `(i, i + d/2)` of every head by the angle of its token.
+///
+/// # Shapes
+/// `x [b, s, h, d]`; `cos`, `sin` `[b * s, d / 2]` in f32.
+pub fn rotary(x: Tensor<4>, cos: Tensor<2>, sin: Tensor<2>) -> Tensor<4> {
+    Tensor::from_dispatch(Dispatch::rotary(x.into_dispatch(), cos.into_dispatch(), sin.into_dispatch(), 1.0))
+}
+
+/// `softmax(cap(scale q k^T)) v`, where query `i` sees the keys `ranges[.., i, 0] .. ranges[.., i, 1]`.
+///
+/// # Shapes
+/// `q [b, sq, h, d]`, `k, v [b, sk, g, d]` with `h` a multiple of `g`, `ranges [b, sq, 2]`; result as `q`.
+/// `softcap` 0 means none.
+pub fn attention(
+    q: Tensor<4>,
+    k: Tensor<4>,
+    v: Tensor<4>,
+    ranges: Tensor<3, Int>,
+    scale: f32,
+    softcap: f32,
+) -> Tensor<4> {
+    let (out, _) = Dispatch::range_attention(
+        q.into_dispatch(),
+        k.into_dispatch(),
+        v.into_dispatch(),
+        ranges.into_dispatch(),
+        scale,
+        softcap,
+    );
+    Tensor::from_dispatch(out)
+}
+
+/// `activation(gate) * up`, element by element.
+pub fn gated(gate: Tensor<2>, up: Tensor<2>, activation: Activation) -> Tensor<2> {
+    Tensor::from_dispatch(Dispatch::gated(gate.into_dispatch(), up.into_dispatch(), activation))
+}
+
+/// The cross-entropy of each row, 0 where the target is negative.
+///
+/// # Shapes
+/// `logits [n, vocab]`, `targets [n]`, result `[n]` in f32.
+pub fn cross_entropy(logits: Tensor<2>, targets: Tensor<1, Int>, softcap: f32) -> Tensor<1> {
+    let (loss, _) = Dispatch::cross_entropy(logits.into_dispatch(), targets.into_dispatch(), softcap);
+    Tensor::from_dispatch(loss)
+}
+
+/// Runs the backward pass of everything `out` depends on, starting from the given gradient of `out`.
+pub fn backward_from<const D: usize>(out: Tensor<D>, gradient: Tensor<D>) -> Gradients {
+    let seed: Tensor<1> =
+        Tensor::from_dispatch(Dispatch::seed_gradient(out.into_dispatch(), gradient.into_dispatch()));
+    seed.backward()
+}
+
+/// One AdamW step in f32, in place where the tensors are not shared; returns `(parameter, first, second)`.
+///
+/// # Shapes
+/// All equal.
+pub fn adamw(
+    parameter: Tensor<2>,
+    first: Tensor<2>,
+    second: Tensor<2>,
+    gradient: Tensor<2>,
+    rule: AdamW,
+) -> (Tensor<2>, Tensor<2>, Tensor<2>) {
+    let (p, m, v) = Dispatch::adamw(
+        parameter.into_dispatch(),
+        first.into_dispatch(),
+        second.into_dispatch(),
+        gradient.into_dispatch(),
+        rule,
+    );
+    (Tensor::from_dispatch(p), Tensor::from_dispatch(m), Tensor::from_dispatch(v))
+}
+
+/// The sum of the squares of all values, `[1]`.
+pub fn sum_squares<const D: usize>(x: Tensor<D>) -> Tensor<1> {
+    Tensor::from_dispatch(Dispatch::sum_squares(x.into_dispatch()))
+}

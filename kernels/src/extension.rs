@@ -1,0 +1,278 @@
+//! The operations that `lowrank` adds to a Burn backend.
+//!
+//! Every method has a default body in plain tensor operations: the reference. `Flex` (the CPU) overrides what our own loops do
+//! faster; GPU backends run the references, which Burn fuses, until a kernel replaces one. `Autodiff` adds the hand-written
+//! backward of each, once for all backends.
+
+use burn::backend::{Backend, ExtensionType, backend_extension, tensor::FloatTensor, tensor::IntTensor};
+
+use crate::gated::Activation;
+use crate::{adamw, attention, cross_entropy, gated, gemm, linear, lowrank_linear, reduce, rms_norm, rotary};
+
+/// An optional float tensor in the signature of an operation.
+#[derive(ExtensionType)]
+pub enum Maybe<B: Backend> {
+    /// The tensor is there.
+    Given(FloatTensor<B>),
+    /// It is not.
+    Absent,
+}
+
+
+impl<B: Backend> Maybe<B> {
+    /// From an ordinary option.
+    pub fn from_option(tensor: Option<FloatTensor<B>>) -> Self {
+        tensor.map_or(Self::Absent, Self::Given)
+    }
+
+    /// The tensor as an ordinary option.
+    pub fn option(self) -> Option<FloatTensor<B>> {
+        match self {
+            Self::Given(tensor) => Some(tensor),
+            Self::Absent => None,
+        }
+    }
+}
+
+/// The backend trait behind the functions of this crate. Shapes and equations are documented there.
+#[backend_extension(Flex: cfg(feature = "flex"), Cube: cfg(feature = "gpu"), Fusion: cfg(feature = "gpu"), Autodiff)]
+pub trait LowRankOps: Backend {
+    /// See [`crate::gemm`].
+    #[fusion(default)]
+    fn gemm(a: FloatTensor<Self>, b: FloatTensor<Self>, #[extension_type] c: Maybe<Self>, alpha: f32) -> FloatTensor<Self> {
+        gemm::reference::<Self>(a, b, c.option(), alpha)
+    }
+
+    /// See [`crate::linear`].
+    #[fusion(default)]
+    fn dense_linear(x: FloatTensor<Self>, w: FloatTensor<Self>, #[extension_type] bias: Maybe<Self>) -> FloatTensor<Self> {
+        linear::forward::<Self>(x, w, bias.option())
+    }
+
+    /// See [`crate::lowrank_linear`].
+    #[fusion(default)]
+    fn lowrank_linear(
+        x: FloatTensor<Self>,
+        w: FloatTensor<Self>,
+        #[extension_type] bias: Maybe<Self>,
+        #[extension_type] mask: Maybe<Self>,
+        down: FloatTensor<Self>,
+        up: FloatTensor<Self>,
+        scale: f32,
+    ) -> FloatTensor<Self> {
+        lowrank_linear::forward::<Self>(x, w, bias.option(), mask.option(), down, up, scale).0
+    }
+
+    /// See [`crate::rms_norm`].
+    #[fusion(default)]
+    fn rms_norm(x: FloatTensor<Self>, gamma: FloatTensor<Self>, eps: f32, offset: f32) -> FloatTensor<Self> {
+        rms_norm::reference::<Self>(x, gamma, eps, offset)
+    }
+
+    /// Gradients `(dx, dgamma)` of [`crate::rms_norm`].
+    #[fusion(default)]
+    fn rms_norm_backward(
+        x: FloatTensor<Self>,
+        gamma: FloatTensor<Self>,
+        dy: FloatTensor<Self>,
+        eps: f32,
+        offset: f32,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+        rms_norm::backward_reference::<Self>(x, gamma, dy, eps, offset)
+    }
+
+    /// See [`crate::rotary`]; `sign` is 1 for the rotation and -1 for its inverse (the backward).
+    #[fusion(default)]
+    fn rotary(x: FloatTensor<Self>, cos: FloatTensor<Self>, sin: FloatTensor<Self>, sign: f32) -> FloatTensor<Self> {
+        rotary::reference::<Self>(x, cos, sin, sign)
+    }
+
+    /// See [`crate::attention`]; also returns the log-sum-exp of each row, `[B, Sq, H]` f32.
+    #[fusion(default)]
+    fn range_attention(
+        q: FloatTensor<Self>,
+        k: FloatTensor<Self>,
+        v: FloatTensor<Self>,
+        ranges: IntTensor<Self>,
+        scale: f32,
+        softcap: f32,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+        attention::reference::<Self>(q, k, v, ranges, scale, softcap)
+    }
+
+    /// Gradients `(dq, dk, dv)` of [`crate::attention`] from its output and log-sum-exp.
+    #[fusion(default)]
+    fn range_attention_backward(
+        q: FloatTensor<Self>,
+        k: FloatTensor<Self>,
+        v: FloatTensor<Self>,
+        out: FloatTensor<Self>,
+        lse: FloatTensor<Self>,
+        d_out: FloatTensor<Self>,
+        ranges: IntTensor<Self>,
+        scale: f32,
+        softcap: f32,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
+        attention::backward_reference::<Self>(q, k, v, out, lse, d_out, ranges, scale, softcap)
+    }
+
+    /// See [`crate::gated`].
+    #[fusion(default)]
+    fn gated(gate: FloatTensor<Self>, up: FloatTensor<Self>, activation: Activation) -> FloatTensor<Self> {
+        gated::reference::<Self>(gate, up, activation)
+    }
+
+    /// Gradients `(dgate, dup)` of [`crate::gated`].
+    #[fusion(default)]
+    fn gated_backward(
+        gate: FloatTensor<Self>,
+        up: FloatTensor<Self>,
+        dy: FloatTensor<Self>,
+        activation: Activation,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+        gated::backward_reference::<Self>(gate, up, dy, activation)
+    }
+
+    /// See [`crate::cross_entropy`]; also returns the gradient of the summed loss by the logits.
+    #[fusion(default)]
+    fn cross_entropy(
+        logits: FloatTensor<Self>,
+        targets: IntTensor<Self>,
+        softcap: f32,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+        cross_entropy::reference::<Self>(logits, targets, softcap)
+    }
+
+    /// A `[1]` zero whose backward hands `gradient` to `out`: starts a backward pass from a given output gradient.
+    #[fusion(default)]
+    fn seed_gradient(out: FloatTensor<Self>, gradient: FloatTensor<Self>) -> FloatTensor<Self> {
+        linear::zero_like::<Self>(&out, gradient)
+    }
+
+    /// See [`crate::adamw`]; returns `(parameter, first, second)`.
+    #[fusion(default)]
+    fn adamw(
+        parameter: FloatTensor<Self>,
+        first: FloatTensor<Self>,
+        second: FloatTensor<Self>,
+        gradient: FloatTensor<Self>,
+        rule: adamw::AdamW,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
+        adamw::reference::<Self>(parameter, first, second, gradient, rule)
+    }
+
+    /// See [`crate::sum_squares`].
+    #[fusion(default)]
+    fn sum_squares(x: FloatTensor<Self>) -> FloatTensor<Self> {
+        reduce::reference::<Self>(x)
+    }
+}
+
+#[cfg(feature = "gpu")]
+impl LowRankOps for burn_cubecl::CubeBackend {}
+
+#[cfg(feature = "flex")]
+mod flex {
+    use super::*;
+    use burn::backend::Flex;
+
+    type T = FloatTensor<Flex>;
+
+    impl LowRankOps for Flex {
+        fn gemm(a: T, b: T, c: Maybe<Flex>, alpha: f32) -> T {
+            gemm::cpu(a, b, c.option(), alpha)
+        }
+        fn rms_norm(x: T, gamma: T, eps: f32, offset: f32) -> T {
+            rms_norm::cpu(x, gamma, eps, offset)
+        }
+        fn rms_norm_backward(x: T, gamma: T, dy: T, eps: f32, offset: f32) -> (T, T) {
+            rms_norm::backward_cpu(x, gamma, dy, eps, offset)
+        }
+        fn rotary(x: T, cos: T, sin: T, sign: f32) -> T {
+            rotary::cpu(x, cos, sin, sign)
+        }
+        fn range_attention(q: T, k: T, v: T, ranges: IntTensor<Self>, scale: f32, softcap: f32) -> (T, T) {
+            attention::cpu::forward(q, k, v, ranges, scale, softcap)
+        }
+        fn range_attention_backward(
+            q: T,
+            k: T,
+            v: T,
+            out: T,
+            lse: T,
+            d_out: T,
+            ranges: IntTensor<Self>,
+            scale: f32,
+            softcap: f32,
+        ) -> (T, T, T) {
+            attention::cpu::backward(q, k, v, out, lse, d_out, ranges, scale, softcap)
+        }
+        fn gated(gate: T, up: T, activation: Activation) -> T {
+            gated::cpu(gate, up, activation)
+        }
+        fn gated_backward(gate: T, up: T, dy: T, activation: Activation) -> (T, T) {
+            gated::backward_cpu(gate, up, dy, activation)
+        }
+        fn cross_entropy(logits: T, targets: IntTensor<Self>, softcap: f32) -> (T, T) {
+            cross_entropy::cpu(logits, targets, softcap)
+        }
+        fn adamw(parameter: T, first: T, second: T, gradient: T, rule: adamw::AdamW) -> (T, T, T) {
+            adamw::cpu(parameter, first, second, gradient, rule)
+        }
+        fn sum_squares(x: T) -> T {
+            reduce::cpu(x)
+        }
+    }
+}
+
+mod autodiff {
+    use super::*;
+    use burn::backend::Autodiff;
+    use burn::backend::autodiff::checkpoint::strategy::CheckpointStrategy;
+
+    impl<B: LowRankOps, C: CheckpointStrategy> LowRankOps for Autodiff<B, C> {
+        fn dense_linear(x: FloatTensor<Self>, w: FloatTensor<Self>, bias: Maybe<Self>) -> FloatTensor<Self> {
+            linear::autodiff::<B, C>(x, w, bias.option())
+        }
+        fn lowrank_linear(
+            x: FloatTensor<Self>,
+            w: FloatTensor<Self>,
+            bias: Maybe<Self>,
+            mask: Maybe<Self>,
+            down: FloatTensor<Self>,
+            up: FloatTensor<Self>,
+            scale: f32,
+        ) -> FloatTensor<Self> {
+            lowrank_linear::autodiff::<B, C>(x, w, bias.option(), mask.option(), down, up, scale)
+        }
+        fn rms_norm(x: FloatTensor<Self>, gamma: FloatTensor<Self>, eps: f32, offset: f32) -> FloatTensor<Self> {
+            rms_norm::autodiff::<B, C>(x, gamma, eps, offset)
+        }
+        fn rotary(x: FloatTensor<Self>, cos: FloatTensor<Self>, sin: FloatTensor<Self>, sign: f32) -> FloatTensor<Self> {
+            rotary::autodiff::<B, C>(x, cos, sin, sign)
+        }
+        fn range_attention(
+            q: FloatTensor<Self>,
+            k: FloatTensor<Self>,
+            v: FloatTensor<Self>,
+            ranges: IntTensor<Self>,
+            scale: f32,
+            softcap: f32,
+        ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+            attention::autodiff::<B, C>(q, k, v, ranges, scale, softcap)
+        }
+        fn gated(gate: FloatTensor<Self>, up: FloatTensor<Self>, activation: Activation) -> FloatTensor<Self> {
+            gated::autodiff::<B, C>(gate, up, activation)
+        }
+        fn cross_entropy(
+            logits: FloatTensor<Self>,
+            targets: IntTensor<Self>,
+            softcap: f32,
+        ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+            cross_entropy::autodiff::<B, C>(logits, targets, softcap)
+        }
+        fn seed_gradient(out: FloatTensor<Self>, gradient: FloatTensor<Self>) -> FloatTensor<Self> {
+            linear::seed_autodiff::<B, C>(out, gradient)
+        }
+    }
+}

@@ -1,0 +1,40 @@
+//! Kernels of `lowrank`: tensors in, tensors out. This crate knows no method and no model.
+//!
+//! | function | what | bound by | reference | CPU |
+//! | --- | --- | --- | --- | --- |
+//! | [`linear`] | `x W + b`, no `dW` for a frozen W | arithmetic | yes | gemm |
+//! | [`lowrank_linear`] | `x W + b + s (D(x) A) B` | arithmetic | yes | gemm, delta accumulated in place |
+//! | [`rms_norm`] | RMS normalisation | memory | yes | one pass |
+//! | [`rotary`] | rotary embedding | memory | yes | one pass |
+//! | [`attention`] | softmax attention over key ranges | arithmetic | yes | tiles, log-sum-exp saved |
+//! | [`gated`] | SwiGLU, GeGLU | memory | yes | one pass |
+//! | [`cross_entropy`] | loss and gradient of a chunk of logits | memory | yes | in place |
+//! | [`adamw`] | optimiser step | memory | yes | in place |
+//! | [`sum_squares`] | for gradient norms | memory | yes | one pass |
+//!
+//! Every operation is a method of [`LowRankOps`] with a default body in plain tensor operations (the reference, used on GPUs) and
+//! a hand-written backward that serves all backends.
+
+#[cfg(feature = "flex")]
+mod cpu;
+
+mod extension;
+mod plain;
+
+mod adamw;
+mod attention;
+mod cross_entropy;
+mod gated;
+mod gemm;
+mod linear;
+mod lowrank_linear;
+mod reduce;
+mod rms_norm;
+mod rotary;
+
+pub use api::*;
+pub use extension::{LowRankOps, Maybe};
+mod api;
+
+#[cfg(all(test, feature = "flex"))]
+mod tests;

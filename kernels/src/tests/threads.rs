@@ -1,0 +1,95 @@
+//! Results do not depend on the number of threads, to the bit: a run can be repeated on another machine of the same kind.
+
+use burn::backend::Flex;
+use burn_flex::FlexTensor;
+
+use super::{Random, View, integers, values_of};
+use crate::adamw::AdamW;
+use crate::{Activation, LowRankOps, Maybe};
+
+#[track_caller]
+fn assert_same_bits(what: &str, operation: impl Fn() -> Vec<FlexTensor> + Sync) {
+    let run = |threads: usize| -> Vec<Vec<u32>> {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+        let bits = |tensor: &FlexTensor| values_of(tensor).iter().map(|value| value.to_bits()).collect();
+        pool.install(|| operation().iter().map(bits).collect())
+    };
+    let one = run(1);
+    for threads in [2, 3, 8] {
+        assert!(one == run(threads), "{what}: other bits with {threads} threads than with one");
+    }
+}
+
+#[test]
+fn products() {
+    let mut random = Random::new(1);
+    // square, the shapes of a low-rank layer, long inner sizes (which a parallel product could split), odd
+    for (m, k, n) in [
+        (256, 256, 256),
+        (512, 576, 16),
+        (16, 512, 576),
+        (512, 16, 576),
+        (64, 5000, 48),
+        (8, 9000, 8),
+        (1, 576, 1536),
+        (131, 577, 259),
+    ] {
+        for view in [View::Packed, View::Swapped] {
+            let (a, b, c) = (random.view(&[m, k], view), random.view(&[k, n], view), random.tensor(&[m, n]));
+            assert_same_bits(&format!("gemm {m} {k} {n} {view:?}"), || {
+                vec![
+                    Flex::gemm(a.clone(), b.clone(), Maybe::Absent, 1.0),
+                    Flex::gemm(a.clone(), b.clone(), Maybe::Given(c.clone()), 0.3),
+                ]
+            });
+        }
+    }
+}
+
+#[test]
+fn row_operations() {
+    let mut random = Random::new(2);
+    let (x, y, z) = (random.tensor(&[300, 577]), random.tensor(&[300, 577]), random.tensor(&[300, 577]));
+    let gamma = random.tensor(&[577]);
+    assert_same_bits("rms_norm", || {
+        let (dx, d_gamma) = Flex::rms_norm_backward(x.clone(), gamma.clone(), y.clone(), 1e-5, 0.0);
+        vec![Flex::rms_norm(x.clone(), gamma.clone(), 1e-5, 0.0), dx, d_gamma]
+    });
+    for act in [Activation::Silu, Activation::GeluTanh, Activation::Gelu] {
+        assert_same_bits("gated", || {
+            let (d_gate, d_up) = Flex::gated_backward(x.clone(), y.clone(), z.clone(), act);
+            vec![Flex::gated(x.clone(), y.clone(), act), d_gate, d_up]
+        });
+    }
+    let targets = integers(&(0..300).map(|i| i - 9).collect::<Vec<_>>(), &[300]);
+    assert_same_bits("cross_entropy", || {
+        let (loss, gradient) = Flex::cross_entropy(x.clone(), targets.clone(), 0.0);
+        vec![loss, gradient]
+    });
+    let rule =
+        AdamW { learning_rate: 0.1, betas: (0.9, 0.99), eps: 1e-8, weight_decay: 0.0, step: 1, gradient_scale: 1.0 };
+    let square = super::place(&values_of(&z).iter().map(|z| z * z).collect::<Vec<_>>(), &[300, 577], View::Packed);
+    assert_same_bits("adamw", || {
+        let (p, m, v) = Flex::adamw(x.clone(), y.clone(), square.clone(), z.clone(), rule);
+        vec![p, m, v]
+    });
+    assert_same_bits("sum_squares", || vec![Flex::sum_squares(x.clone())]);
+    let (heads, cos, sin) = (random.tensor(&[3, 100, 4, 16]), random.tensor(&[300, 8]), random.tensor(&[300, 8]));
+    assert_same_bits("rotary", || vec![Flex::rotary(heads.clone(), cos.clone(), sin.clone(), 1.0)]);
+}
+
+#[test]
+fn attention() {
+    let mut random = Random::new(3);
+    let (q, k, v) = (random.tensor(&[2, 150, 6, 16]), random.tensor(&[2, 150, 2, 16]), random.tensor(&[2, 150, 2, 16]));
+    let dy = random.tensor(&[2, 150, 6, 16]);
+    let causal: Vec<i32> = (0..300).flat_map(|row| [0, row % 150 + 1]).collect();
+    let ranges = integers(&causal, &[2, 150, 2]);
+    assert_same_bits("attention", || {
+        let (q, k, v, ranges) = (q.clone(), k.clone(), v.clone(), ranges.clone());
+        let (out, lse) = Flex::range_attention(q.clone(), k.clone(), v.clone(), ranges.clone(), 0.25, 0.0);
+        let (dq, dk, dv) =
+            Flex::range_attention_backward(q, k, v, out.clone(), lse.clone(), dy.clone(), ranges, 0.25, 0.0);
+        vec![out, lse, dq, dk, dv]
+    });
+}

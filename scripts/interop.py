@@ -1,0 +1,226 @@
+#!/usr/bin/env python3
+"""Check against transformers and peft that files go both ways. Needs a Python with torch, transformers and peft.
+
+    .venv-peers/bin/python scripts/interop.py [MODEL_DIR...] [--bin FOLDER] [--tolerance 1e-4] [--keep]
+
+Without MODEL_DIR: the tiny models of the testkit, and models/smollm2-135m-instruct where it is. For each model:
+
+1. adapter   an adapter trained here loads in peft, and peft's logits are ours
+2. merged    the merged folder loads in transformers with the logits of base + adapter, tokenizer and chat template too
+3. continue  an adapter trained by peft goes on here through init_adapter, and the loss of its first step is peft's
+
+Prints `passed` or `failed` a line; exit status 1 if any failed. Needs target/release/lowrank-train and lowrank-bench.
+"""
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = ("tiny-llama", "tiny-llama-tied", "tiny-qwen2", "tiny-qwen3", "tiny-mistral", "tiny-llama3", "tiny-gemma2")
+PROMPT = "A red fox sat under the apple tree and waited for 24 days."
+TEXTS = ["The river runs past the mill.", "Seven small boats left.", "Rain fell all night, and the road was gone.",
+         "Nobody knew who had painted the door."]
+
+
+class Failure(Exception):
+    """What did not agree."""
+
+
+def command(program, *arguments):
+    done = subprocess.run([program, *map(str, arguments)], capture_output=True, text=True, cwd=ROOT)
+    if done.returncode != 0:
+        raise Failure(f"{program.name} {arguments[0]} ended with {done.returncode}: {done.stderr.strip()[-600:]}")
+    return done.stdout
+
+
+def load_base(model):
+    return AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation="eager").eval()
+
+
+def logits_of(model, ids):
+    with torch.no_grad():
+        return model(input_ids=torch.tensor([ids])).logits[0].float()
+
+
+def our_logits(bench, model, adapter, ids, out):
+    extra = ("--adapter", adapter) if adapter else ()
+    command(bench, "logits", "--model", model, *extra, "--ids", ",".join(map(str, ids)), "--out", out)
+    return load_file(out)["logits"].float()
+
+
+def require_close(what, ours, theirs, tolerance):
+    if ours.shape != theirs.shape:
+        raise Failure(f"{what}: shape {tuple(ours.shape)}, expected {tuple(theirs.shape)}")
+    worst = float((ours - theirs).abs().max())
+    if not worst <= tolerance:
+        raise Failure(f"{what}: differ by {worst:.2e}, allowed {tolerance:.0e}")
+    return worst
+
+
+def write_run(folder, model, **top):
+    """A configuration of three steps on TEXTS, all of them in every step, and its data."""
+    data = folder / "texts.jsonl"
+    data.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS), encoding="utf-8")
+    lines = [f"{key} = {json.dumps(str(value))}" for key, value in {
+        "base_model": model, "output_dir": folder / "run", "device": "cpu", **top}.items()]
+    if "init_adapter" not in top:
+        lines += ["[adapter.lora]", "r = 4", "lora_alpha = 8", "use_rslora = true"]
+    lines += ["[optimizer.adamw]", "learning_rate = 2e-3",
+              "[data]", f"train = {json.dumps(str(data))}", "packing = false", "shuffle = false", "cache = false",
+              "[training]", "max_steps = 3", f"micro_batch_size = {len(TEXTS)}", 'lr_scheduler = "constant"',
+              "[logging]", "logging_steps = 1", 'progress = "plain"']
+    config = folder / "run.toml"
+    config.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return config
+
+
+def check_adapter(args, model, folder, ids):
+    """Trains here, and compares our logits with peft's. Returns the adapter, peft's logits and what to report."""
+    command(args.train, "--config", write_run(folder, model))
+    adapter = folder / "run" / "adapter"
+    base = load_base(model)
+    plain = logits_of(base, ids)
+    require_close("base logits", our_logits(args.bench, model, None, ids, folder / "base.safetensors"), plain, args.tolerance)
+    theirs = logits_of(PeftModel.from_pretrained(base, adapter).eval(), ids)
+    moved = float((theirs - plain).abs().max())
+    if moved < 100 * args.tolerance:
+        raise Failure(f"the adapter moves the logits by {moved:.1e} only: too little to compare")
+    ours = our_logits(args.bench, model, adapter, ids, folder / "adapter.safetensors")
+    worst = require_close("adapter logits", ours, theirs, args.tolerance)
+    return adapter, theirs, f"logits differ by {worst:.1e} (the adapter moves them by {moved:.1e})"
+
+
+def check_merged(args, model, folder, ids, adapter, expected):
+    merged = folder / "merged"
+    command(args.train, "merge", "--model", model, "--adapter", adapter, "--out", merged, "--dtype", "f32")
+    loaded, loading = AutoModelForCausalLM.from_pretrained(
+        merged, dtype=torch.float32, attn_implementation="eager", output_loading_info=True)
+    wrong = {key: sorted(names) for key, names in loading.items() if names and key in ("missing_keys", "unexpected_keys")}
+    if wrong:
+        raise Failure(f"transformers complains about the merged folder: {wrong}")
+    worst = require_close("merged logits", logits_of(loaded.eval(), ids), expected, args.tolerance)
+    before, after = AutoTokenizer.from_pretrained(model), AutoTokenizer.from_pretrained(merged)
+    if before(PROMPT).input_ids != after(PROMPT).input_ids or before.chat_template != after.chat_template:
+        raise Failure("the tokenizer or chat template of the merged folder is not that of the base model")
+    return f"logits differ by {worst:.1e}"
+
+
+def peft_batch(tokenizer, eos):
+    """TEXTS as our trainer encodes them (end-of-text appended), padded on the right; padding does not count."""
+    rows = [tokenizer(text).input_ids for text in TEXTS]
+    rows = [row if row[-1] == eos else [*row, eos] for row in rows]
+    length = max(map(len, rows))
+    ids = torch.tensor([row + [eos] * (length - len(row)) for row in rows])
+    mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows])
+    return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+
+
+def train_with_peft(model, tokenizer, out):
+    """A few steps of peft. Saves the adapter and returns its loss on TEXTS after them."""
+    torch.manual_seed(0)
+    config = LoraConfig(r=6, lora_alpha=9, target_modules=["q_proj", "v_proj", "down_proj"],
+                        rank_pattern={"v_proj": 3}, alpha_pattern={"q_proj": 5}, task_type="CAUSAL_LM")
+    adapted = get_peft_model(load_base(model), config)
+    batch = peft_batch(tokenizer, tokenizer.eos_token_id)
+    optimizer = torch.optim.AdamW([param for param in adapted.parameters() if param.requires_grad], lr=5e-3)
+    for _ in range(4):
+        adapted(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    adapted.save_pretrained(out)
+    with torch.no_grad():
+        return float(adapted.eval()(**batch).loss)
+
+
+def check_continue(args, model, folder):
+    expected = train_with_peft(model, AutoTokenizer.from_pretrained(model), folder / "peft")
+    again = folder / "continued"
+    again.mkdir()
+    command(args.train, "--config", write_run(again, model, init_adapter=folder / "peft"))
+    lines = [json.loads(line) for line in (again / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    losses = [line["loss"] for line in lines if line["kind"] == "train"]
+    if abs(losses[0] - expected) > args.tolerance:
+        raise Failure(f"first loss {losses[0]:.6f}, peft's is {expected:.6f}")
+    if not losses[-1] < losses[0]:
+        raise Failure(f"the loss does not fall: {losses}")
+    saved = json.loads((again / "run" / "adapter" / "adapter_config.json").read_text(encoding="utf-8"))
+    if saved["r"] != 6 or saved["rank_pattern"] != {"v_proj": 3}:
+        raise Failure(f"the saved adapter has r {saved['r']}, rank_pattern {saved['rank_pattern']}; expected those of peft's")
+    PeftModel.from_pretrained(load_base(model), again / "run" / "adapter")
+    return f"first loss {losses[0]:.6f}, peft's {expected:.6f}, then down to {losses[-1]:.6f}"
+
+
+def check_model(args, model, folder):
+    """Runs the three checks on one model; returns how many failed."""
+    ids = AutoTokenizer.from_pretrained(model)(PROMPT).input_ids
+    failed = 0
+    state = {}
+
+    def adapter():
+        state["adapter"], state["logits"], note = check_adapter(args, model, folder, ids)
+        return note
+
+    def merged():
+        if not state:
+            raise Failure("not run: there is no adapter")
+        return check_merged(args, model, folder, ids, state["adapter"], state["logits"])
+
+    for name, check in (("adapter", adapter), ("merged", merged), ("continue", lambda: check_continue(args, model, folder))):
+        try:
+            print(f"passed {model.name} {name}: {check()}", flush=True)
+        except (Failure, OSError, KeyError, RuntimeError, ValueError) as error:
+            print(f"failed {model.name} {name}: {error}", flush=True)
+            failed += 1
+    return failed
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="*", type=Path)
+    target = Path(os.environ.get("CARGO_TARGET_DIR", ROOT / "target"))
+    parser.add_argument("--bin", type=Path, default=target / "release", help="folder of the programs")
+    parser.add_argument("--tolerance", type=float, default=1e-4)
+    parser.add_argument("--keep", action="store_true", help="keep the files and say where they are")
+    args = parser.parse_args()
+    args.train, args.bench = args.bin / "lowrank-train", args.bin / "lowrank-bench"
+    for program in (args.train, args.bench):
+        if not program.is_file():
+            sys.exit(f"error: {program} is missing\nhint: cargo build --release --workspace --bins")
+    if not args.models:
+        args.models = [ROOT / "crates" / "testkit" / "goldens" / "models" / name for name in TINY]
+        real = ROOT / "models" / "smollm2-135m-instruct"
+        args.models += [real] if real.is_dir() else []
+    return args
+
+
+def main():
+    args = parse_args()
+    logging.disable_progress_bar()
+    failed = 0
+    scratch = Path(tempfile.mkdtemp(prefix="lowrank-interop-"))
+    for model in args.models:
+        model = model.resolve()
+        folder = scratch / model.name
+        folder.mkdir()
+        failed += check_model(args, model, folder)
+    if args.keep:
+        print(f"files are in {scratch}")
+    else:
+        shutil.rmtree(scratch)
+    print(f"{3 * len(args.models) - failed} passed, {failed} failed")
+    sys.exit(1 if failed else 0)
+
+
+if __name__ == "__main__":
+    main()
