@@ -129,3 +129,14 @@ pub fn compute_type(dtype: Dtype, chosen: &ChosenDevice) -> Result<FloatDType, P
     Err(Problem::config(format!("device {} does not compute in {name}", chosen.description))
         .hint("use dtype = \"f32\", or another device"))
 }
+
+/// Lets glibc keep freed activations instead of returning them to the system: a training step allocates the same sizes again
+/// and again, and fresh pages cost a fault each. To be called first, before any other thread exists.
+pub fn keep_memory() {
+    #[cfg(all(target_os = "linux", target_env = "gnu"))]
+    // SAFETY: mallopt only sets tuning parameters of the allocator.
+    unsafe {
+        libc::mallopt(libc::M_MMAP_THRESHOLD, 1 << 30);
+        libc::mallopt(libc::M_TRIM_THRESHOLD, 1 << 30);
+    }
+}

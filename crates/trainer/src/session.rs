@@ -56,7 +56,7 @@ impl Session {
         let folder = hf::resolve_model(base_model)
             .map_err(|error| Problem::config(format!("base_model = \"{base_model}\" cannot be used")).source(error))?;
         let tokenizer = Tokenizer::from_folder(&folder).map_err(|error| run_problem("cannot load the tokenizer", error))?;
-        let chat = chat_template(&folder)?;
+        let chat = ChatTemplate::from_folder(&folder).map_err(|error| run_problem("cannot load the chat template", error))?;
         let decoder = load_model(&folder, compute, &device, style)?;
         Ok(Self { device, folder, decoder, tokenizer, chat, adapter: None })
     }
@@ -105,14 +105,6 @@ impl Session {
     /// Tokenizer and template for the data.
     pub fn encoder(&self) -> Encoder<'_> {
         Encoder { tokenizer: &self.tokenizer, chat: self.chat.as_ref() }
-    }
-}
-
-fn chat_template(folder: &Path) -> Result<Option<ChatTemplate>, Problem> {
-    match ChatTemplate::from_folder(folder) {
-        Ok(template) => Ok(Some(template)),
-        Err(hf::HfError::MissingFile { .. }) => Ok(None),
-        Err(error) => Err(run_problem("cannot load the chat template", error)),
     }
 }
 

@@ -59,11 +59,11 @@ pub struct AssistantSpan {
 
 impl ChatTemplate {
     /// The template of a model folder: `chat_template.jinja`, else `chat_template.json`, else `chat_template` of
-    /// `tokenizer_config.json` (of several named ones, `default`).
+    /// `tokenizer_config.json` (of several named ones, `default`); `None` where there is none (a base model).
     ///
     /// # Errors
-    /// There is none (a base model), a file is not valid, or the template does not compile (the text has the line).
-    pub fn from_folder(folder: &Path) -> Result<Self, HfError> {
+    /// A file is not valid, or the template does not compile (the text has the line).
+    pub fn from_folder(folder: &Path) -> Result<Option<Self>, HfError> {
         let config_path = folder.join("tokenizer_config.json");
         let config = read_json_if_there(&config_path)?;
         let names = [config.clone(), read_json_if_there(&folder.join("special_tokens_map.json"))?];
@@ -75,20 +75,16 @@ impl ChatTemplate {
 
         let jinja = folder.join("chat_template.jinja");
         if jinja.is_file() {
-            return Self::new(&read_text(&jinja)?, &jinja, special);
+            return Self::new(&read_text(&jinja)?, &jinja, special).map(Some);
         }
         let json_path = folder.join("chat_template.json");
         for (path, json) in [(&json_path, read_json_if_there(&json_path)?), (&config_path, config)] {
             let Some(json) = json else { continue };
             if let Some(source) = pick_template(&json["chat_template"]) {
-                return Self::new(source, path, special);
+                return Self::new(source, path, special).map(Some);
             }
         }
-        Err(HfError::Template {
-            origin: folder.to_path_buf(),
-            reason: "there is none (chat_template.jinja, chat_template.json and `chat_template` in tokenizer_config.json are all missing)".to_string(),
-            hint: "base models have no chat template: use the instruction-tuned model, put a chat_template.jinja into the folder, or use `text` or `prompt`/`completion` records".to_string(),
-        })
+        Ok(None)
     }
 
     /// Compiles a template. `special` holds `bos_token`, `eos_token` and so on as text; `origin` is for messages.

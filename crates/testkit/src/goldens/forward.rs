@@ -111,7 +111,7 @@ fn check_texts(case: &Case, model: &Path, checks: &mut Checks) -> Result<(), Sto
 }
 
 fn check_chat(example: &ChatExample, model: &Path, tokenizer: &Tokenizer, checks: &mut Checks) -> Result<(), Stop> {
-    let template = ChatTemplate::from_folder(model).map_err(failed)?;
+    let Some(template) = ChatTemplate::from_folder(model).map_err(failed)? else { return Err(Stop::Failed("the model has no chat template".to_owned())) };
     let text = template.render(&example.messages, example.add_generation_prompt).map_err(failed)?;
     checks.equal("chat text", &example.text, &text);
     if let Some(expected) = &example.ids {

@@ -45,7 +45,7 @@ fn answer(session: &Session, args: &GenerateArgs, prompt: &str, collected: &mut 
     };
     let mut stream = session.tokenizer.decode_stream(true);
     let mut problem = None;
-    let mut emit = |text: &str, collected: &mut String| match args.out.is_some() {
+    let emit = |text: &str, collected: &mut String| match args.out.is_some() {
         true => {
             collected.push_str(text);
             true
