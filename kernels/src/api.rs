@@ -3,9 +3,9 @@
 use burn::backend::Dispatch;
 use burn::tensor::{Gradients, Int, Tensor};
 
-use crate::{LowRankOps, Maybe};
 pub use crate::adamw::AdamW;
 pub use crate::gated::Activation;
+use crate::{LowRankOps, Maybe};
 
 /// `y = x w + bias`. Gradients for `x`, and for `w` and `bias` only where they are trained.
 ///
@@ -113,8 +113,7 @@ pub fn cross_entropy(logits: Tensor<2>, targets: Tensor<1, Int>, softcap: f32) -
 
 /// Runs the backward pass of everything `out` depends on, starting from the given gradient of `out`.
 pub fn backward_from<const D: usize>(out: Tensor<D>, gradient: Tensor<D>) -> Gradients {
-    let seed: Tensor<1> =
-        Tensor::from_dispatch(Dispatch::seed_gradient(out.into_dispatch(), gradient.into_dispatch()));
+    let seed: Tensor<1> = Tensor::from_dispatch(Dispatch::seed_gradient(out.into_dispatch(), gradient.into_dispatch()));
     seed.backward()
 }
 

@@ -18,7 +18,6 @@ pub enum Maybe<B: Backend> {
     Absent,
 }
 
-
 impl<B: Backend> Maybe<B> {
     /// From an ordinary option.
     pub fn from_option(tensor: Option<FloatTensor<B>>) -> Self {
@@ -39,13 +38,22 @@ impl<B: Backend> Maybe<B> {
 pub trait LowRankOps: Backend {
     /// See [`crate::gemm`].
     #[fusion(default)]
-    fn gemm(a: FloatTensor<Self>, b: FloatTensor<Self>, #[extension_type] c: Maybe<Self>, alpha: f32) -> FloatTensor<Self> {
+    fn gemm(
+        a: FloatTensor<Self>,
+        b: FloatTensor<Self>,
+        #[extension_type] c: Maybe<Self>,
+        alpha: f32,
+    ) -> FloatTensor<Self> {
         gemm::reference::<Self>(a, b, c.option(), alpha)
     }
 
     /// See [`crate::linear`].
     #[fusion(default)]
-    fn dense_linear(x: FloatTensor<Self>, w: FloatTensor<Self>, #[extension_type] bias: Maybe<Self>) -> FloatTensor<Self> {
+    fn dense_linear(
+        x: FloatTensor<Self>,
+        w: FloatTensor<Self>,
+        #[extension_type] bias: Maybe<Self>,
+    ) -> FloatTensor<Self> {
         linear::forward::<Self>(x, w, bias.option())
     }
 
@@ -248,7 +256,12 @@ mod autodiff {
         fn rms_norm(x: FloatTensor<Self>, gamma: FloatTensor<Self>, eps: f32, offset: f32) -> FloatTensor<Self> {
             rms_norm::autodiff::<B, C>(x, gamma, eps, offset)
         }
-        fn rotary(x: FloatTensor<Self>, cos: FloatTensor<Self>, sin: FloatTensor<Self>, sign: f32) -> FloatTensor<Self> {
+        fn rotary(
+            x: FloatTensor<Self>,
+            cos: FloatTensor<Self>,
+            sin: FloatTensor<Self>,
+            sign: f32,
+        ) -> FloatTensor<Self> {
             rotary::autodiff::<B, C>(x, cos, sin, sign)
         }
         fn range_attention(

@@ -87,8 +87,9 @@ impl<B: Backend> Plain<B> {
     /// Keeps `range` of the axis `dim`.
     pub fn narrow(self, dim: usize, range: std::ops::Range<usize>) -> Self {
         let dims = self.dims();
-        let slices: Vec<Slice> =
-            (0..dims.len()).map(|d| if d == dim { Slice::from(range.clone()) } else { Slice::from(0..dims[d]) }).collect();
+        let slices: Vec<Slice> = (0..dims.len())
+            .map(|d| if d == dim { Slice::from(range.clone()) } else { Slice::from(0..dims[d]) })
+            .collect();
         Self(B::float_slice(self.0, &slices))
     }
     pub fn sum_dim(self, dim: usize) -> Self {

@@ -30,14 +30,7 @@ pub struct LowRank {
 impl LowRank {
     /// A delta with identity core and trained factors, as LoRA has.
     pub fn new(down: Tensor<2>, up: Tensor<2>, scale: f32, dropout: f64) -> Self {
-        Self {
-            down: Param::from_tensor(down),
-            core: None,
-            up: Param::from_tensor(up),
-            out_scale: None,
-            scale,
-            dropout,
-        }
+        Self { down: Param::from_tensor(down), core: None, up: Param::from_tensor(up), out_scale: None, scale, dropout }
     }
 
     /// r.

@@ -18,9 +18,9 @@ fn mix(mut z: u64) -> u64 {
 impl Stream {
     /// The stream of a purpose (for example a parameter's name) under a run's seed.
     pub fn new(seed: u64, name: &str) -> Self {
-        let hash = name.bytes().fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
-            (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3)
-        });
+        let hash = name
+            .bytes()
+            .fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3));
         Self(mix(seed ^ mix(hash)))
     }
 

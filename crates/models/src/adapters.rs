@@ -11,6 +11,7 @@ use lowrank_core::random::Stream;
 use lowrank_core::{LowRank, Projection};
 
 use crate::decoder::{Decoder, Embedding};
+use crate::hf::error::bullets;
 use crate::hf::peft::{AdapterTensor, InitLoraWeights, is_saved_as, shortest_names};
 use crate::hf::{AdapterConfig, Checkpoint, Dtype, HfError, OutTensor, write_safetensors, write_text_atomic};
 use crate::parameters;
@@ -23,11 +24,13 @@ const EMBEDDING: &str = "model.embed_tokens";
 #[derive(Debug, thiserror::Error)]
 pub enum AdapterError {
     /// `target_modules` names nothing in this model.
-    #[error("target_modules {wanted} match no module of the model; it has: {known}\nhint: use \"all-linear\" or some of these names")]
+    #[error(
+        "target_modules {wanted} match no module of the model; it has {known}\nhint: use \"all-linear\" or some of these names"
+    )]
     NoTarget {
         /// What the configuration asks for.
         wanted: String,
-        /// Last parts of the module names.
+        /// Number of blocks and last parts of the module names.
         known: String,
     },
     /// A rank larger than a layer.
@@ -46,7 +49,7 @@ pub enum AdapterError {
     #[error("init_lora_weights = \"{0}\" is not supported\nhint: use the default start or \"gaussian\"")]
     UnknownInit(String),
     /// The tensors of an adapter folder do not fit the model.
-    #[error("{origin} does not fit the model:\n{}\nhint: the adapter was made for another base model or other settings", .problems.iter().map(|line| format!("  - {line}")).collect::<Vec<_>>().join("\n"))]
+    #[error("{origin} does not fit the model:\n{}\nhint: the adapter was made for another base model or other settings", bullets(.problems))]
     Mismatch {
         /// The adapter's folder.
         origin: String,
@@ -54,7 +57,9 @@ pub enum AdapterError {
         problems: Vec<String>,
     },
     /// `modules_to_save` names nothing.
-    #[error("modules_to_save names \"{0}\", which matches no module with weights\nhint: for example \"lm_head\" or \"embed_tokens\"")]
+    #[error(
+        "modules_to_save names \"{0}\", which matches no module with weights\nhint: for example \"lm_head\" or \"embed_tokens\""
+    )]
     NothingToSave(String),
     /// Reading or writing failed.
     #[error(transparent)]
@@ -142,18 +147,31 @@ fn attach(decoder: &mut Decoder, config: &AdapterConfig, init: LoraInit, seed: u
         attached.modules.push(EMBEDDING.to_owned());
     }
     if attached.modules.is_empty() {
-        return Err(AdapterError::NoTarget { wanted: format!("{:?}", config.target_modules), known: known_modules(decoder) });
+        return Err(AdapterError::NoTarget { wanted: wanted(config), known: known_modules(decoder) });
     }
     attached.saved = train_saved(decoder, config)?;
     Ok(attached)
 }
 
+/// The modules a configuration asks for, for messages.
+fn wanted(config: &AdapterConfig) -> String {
+    let mut text = config.target_modules.to_string();
+    if let Some(exclude) = &config.exclude_modules {
+        text += &format!(" (without exclude_modules {exclude})");
+    }
+    if !config.layers_to_transform.is_empty() {
+        text += &format!(" (in layers_to_transform {:?})", config.layers_to_transform);
+    }
+    text
+}
+
 fn known_modules(decoder: &Decoder) -> String {
-    let mut names: Vec<&str> = vec!["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "embed_tokens"];
+    let mut names: Vec<&str> =
+        vec!["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "embed_tokens"];
     if decoder.lm_head.is_some() {
         names.push("lm_head");
     }
-    names.join(", ")
+    format!("{} blocks, numbered from 0, and the modules {}", decoder.model.layers.len(), names.join(", "))
 }
 
 /// Gives a tied head its own handle to the embedding's weight where head and embedding are to differ: one of them is trained
@@ -216,7 +234,7 @@ pub fn load_adapter(decoder: &mut Decoder, folder: &Path) -> Result<(AdapterConf
         let [rows, cols] = old.dims();
         let is_flipped = is_stored_flipped(name);
         let Some((key, shape, values)) = values.remove(name) else {
-            problems.push(format!("{name}: missing from the file"));
+            problems.push(format!("{}: missing from the file", peft_key(name)));
             return old;
         };
         let expected = if is_flipped { vec![cols, rows] } else { vec![rows, cols] };

@@ -53,10 +53,36 @@ impl Batch {
 
     /// Positions that are not padding.
     ///
-    /// Padding is told by what it sees: position 0 in a column of its own, without a target.
+    /// Padding sees only itself, has no target, and nothing after it in its row sees it: a document's first token is seen by
+    /// its second, or is alone in its document.
     pub fn token_count(&self) -> usize {
-        (0..self.input_ids.len())
-            .filter(|&i| !(self.targets[i] < 0 && self.positions[i] == 0 && self.first_key[i] as usize == i % self.cols.max(1)))
-            .count()
+        (0..self.input_ids.len()).filter(|&i| !self.is_padding(i)).count()
+    }
+
+    fn is_padding(&self, index: usize) -> bool {
+        let column = (index % self.cols.max(1)) as i32;
+        let sees_itself_only = self.first_key[index] == column && self.positions[index] == 0;
+        let is_last = column + 1 == self.cols as i32;
+        let is_seen = !is_last && self.first_key[index + 1] <= column;
+        sees_itself_only && self.targets[index] < 0 && !is_seen
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_first_token_of_a_document_is_no_padding() {
+        let batch = Batch {
+            rows: 1,
+            cols: 5,
+            input_ids: vec![1, 7, 1, 8, 3],
+            targets: vec![IGNORE, IGNORE, IGNORE, IGNORE, IGNORE],
+            positions: vec![0, 1, 0, 1, 0],
+            first_key: vec![0, 0, 2, 2, 4],
+            records: vec![0, 1],
+        };
+        assert_eq!(batch.token_count(), 4);
     }
 }

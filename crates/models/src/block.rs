@@ -84,7 +84,13 @@ pub struct KeyValueCache {
 
 impl KeyValueCache {
     /// An empty cache for `capacity` tokens of each of `rows` sequences.
-    pub fn new(rows: usize, capacity: usize, config: &DecoderConfig, dtype: burn::tensor::FloatDType, device: &Device) -> Self {
+    pub fn new(
+        rows: usize,
+        capacity: usize,
+        config: &DecoderConfig,
+        dtype: burn::tensor::FloatDType,
+        device: &Device,
+    ) -> Self {
         let dims = [rows, capacity, config.num_kv_heads, config.head_dim];
         let empty = || Tensor::<4>::zeros(dims, device).cast(dtype);
         Self { keys: empty(), values: empty(), len: 0 }

@@ -37,36 +37,12 @@ pub struct Family {
 /// Every family that can be loaded. The error for an unknown architecture prints this list.
 pub fn registry() -> &'static [Family] {
     const ROWS: &[Family] = &[
-        Family {
-            model_type: "llama",
-            architectures: &["LlamaForCausalLM"],
-            read: llama::read,
-        },
-        Family {
-            model_type: "mistral",
-            architectures: &["MistralForCausalLM"],
-            read: mistral::read,
-        },
-        Family {
-            model_type: "qwen2",
-            architectures: &["Qwen2ForCausalLM"],
-            read: qwen::read_qwen2,
-        },
-        Family {
-            model_type: "qwen3",
-            architectures: &["Qwen3ForCausalLM"],
-            read: qwen::read_qwen3,
-        },
-        Family {
-            model_type: "gemma2",
-            architectures: &["Gemma2ForCausalLM"],
-            read: gemma::read_gemma2,
-        },
-        Family {
-            model_type: "gemma3_text",
-            architectures: &["Gemma3ForCausalLM"],
-            read: gemma::read_gemma3,
-        },
+        Family { model_type: "llama", architectures: &["LlamaForCausalLM"], read: llama::read },
+        Family { model_type: "mistral", architectures: &["MistralForCausalLM"], read: mistral::read },
+        Family { model_type: "qwen2", architectures: &["Qwen2ForCausalLM"], read: qwen::read_qwen2 },
+        Family { model_type: "qwen3", architectures: &["Qwen3ForCausalLM"], read: qwen::read_qwen3 },
+        Family { model_type: "gemma2", architectures: &["Gemma2ForCausalLM"], read: gemma::read_gemma2 },
+        Family { model_type: "gemma3_text", architectures: &["Gemma3ForCausalLM"], read: gemma::read_gemma3 },
         Family {
             model_type: "gemma3",
             architectures: &["Gemma3ForCausalLM", "Gemma3ForConditionalGeneration"],
@@ -168,10 +144,7 @@ impl DecoderConfig {
         let path = folder.join("config.json");
         match std::fs::read_to_string(&path) {
             Ok(text) => Self::from_json(&text, &path),
-            Err(source) => Err(ConfigError::Io {
-                origin: path,
-                source,
-            }),
+            Err(source) => Err(ConfigError::Io { origin: path, source }),
         }
     }
 
@@ -193,10 +166,8 @@ impl DecoderConfig {
     /// Names the key, what was expected and what was found: invalid JSON, an unknown architecture, a missing key, a wrong
     /// type, an impossible value, or something that this program does not support.
     pub fn from_json(text: &str, origin: &Path) -> Result<Self, ConfigError> {
-        let value: Value = serde_json::from_str(text).map_err(|source| ConfigError::Json {
-            origin: origin.to_path_buf(),
-            source,
-        })?;
+        let value: Value =
+            serde_json::from_str(text).map_err(|source| ConfigError::Json { origin: origin.to_path_buf(), source })?;
         let keys = Keys::of_file(&value, origin)?;
         let (family, architecture) = find_family(&keys)?;
         if !keys.is_absent_or_null("quantization_config") {
@@ -207,10 +178,7 @@ impl DecoderConfig {
             ));
         }
         let config = (family.read)(&keys)?;
-        Ok(Self {
-            architecture,
-            ..config
-        })
+        Ok(Self { architecture, ..config })
     }
 }
 
@@ -218,21 +186,14 @@ impl DecoderConfig {
 fn find_family(keys: &Keys<'_>) -> Result<(&'static Family, String), ConfigError> {
     let model_type = keys.text("model_type")?;
     let architecture = keys.first_text("architectures")?;
-    let found = registry()
-        .iter()
-        .find(|row| match (model_type, architecture) {
-            (Some(model_type), Some(name)) => {
-                row.model_type == model_type && row.architectures.contains(&name)
-            }
-            (Some(model_type), None) => row.model_type == model_type,
-            (None, Some(name)) => row.architectures.contains(&name),
-            (None, None) => false,
-        });
+    let found = registry().iter().find(|row| match (model_type, architecture) {
+        (Some(model_type), Some(name)) => row.model_type == model_type && row.architectures.contains(&name),
+        (Some(model_type), None) => row.model_type == model_type,
+        (None, Some(name)) => row.architectures.contains(&name),
+        (None, None) => false,
+    });
     match found {
-        Some(row) => Ok((
-            row,
-            architecture.unwrap_or(row.architectures[0]).to_string(),
-        )),
+        Some(row) => Ok((row, architecture.unwrap_or(row.architectures[0]).to_string())),
         None => Err(ConfigError::UnknownArchitecture {
             origin: keys.origin(),
             architecture: architecture.map(str::to_string),
@@ -244,12 +205,6 @@ fn find_family(keys: &Keys<'_>) -> Result<(&'static Family, String), ConfigError
 
 /// One line per row of [`registry`], for error messages.
 fn known_architectures() -> String {
-    let line = |row: &Family| {
-        format!(
-            "  {} (model_type {})",
-            row.architectures.join(" or "),
-            row.model_type
-        )
-    };
+    let line = |row: &Family| format!("  {} (model_type {})", row.architectures.join(" or "), row.model_type);
     registry().iter().map(line).collect::<Vec<_>>().join("\n")
 }

@@ -12,8 +12,7 @@
 //! | rotary tables | one | full layers: `rope_theta` (1e6) with `rope_scaling`; sliding layers: `rope_local_base_freq` (1e4) |
 
 use crate::config::{
-    Activation, ConfigError, DecoderConfig, Defaults, Keys, MAX_SIZE, Rope, mixed_layers, shared,
-    sliding_window,
+    Activation, ConfigError, DecoderConfig, Defaults, Keys, MAX_SIZE, Rope, mixed_layers, shared, sliding_window,
 };
 
 const GEMMA2: Defaults = Defaults {
@@ -27,10 +26,7 @@ const GEMMA2: Defaults = Defaults {
     bos_token_id: Some(2),
     pad_token_id: Some(0),
 };
-const GEMMA3: Defaults = Defaults {
-    max_position_embeddings: 131_072,
-    ..GEMMA2
-};
+const GEMMA3: Defaults = Defaults { max_position_embeddings: 131_072, ..GEMMA2 };
 
 pub(crate) fn read_gemma2(keys: &Keys<'_>) -> Result<DecoderConfig, ConfigError> {
     let base = both(keys, &GEMMA2)?;
@@ -52,17 +48,9 @@ pub(crate) fn read_gemma3(keys: &Keys<'_>) -> Result<DecoderConfig, ConfigError>
     Ok(DecoderConfig {
         ropes: vec![
             Rope::read_for_layers(keys, &base, "full_attention", "rope_theta", 1e6)?,
-            Rope::read_for_layers(
-                keys,
-                &base,
-                "sliding_attention",
-                "rope_local_base_freq",
-                1e4,
-            )?,
+            Rope::read_for_layers(keys, &base, "sliding_attention", "rope_local_base_freq", 1e4)?,
         ],
-        layers: mixed_layers(keys, base.num_layers, window, 1, |layer| {
-            (layer + 1) % pattern != 0
-        })?,
+        layers: mixed_layers(keys, base.num_layers, window, 1, |layer| (layer + 1) % pattern != 0)?,
         qk_norm: true,
         final_softcap: softcap(keys, "final_logit_softcapping", None)?,
         ..base

@@ -52,11 +52,8 @@ pub fn generate(
         let inputs = Inputs::new(&batch, &decoder.config, offset, &decoder.device());
         let hidden = decoder.hidden(&inputs, Some(&mut caches));
         let logits = last_logits(decoder, hidden, &batch);
-        let next: Vec<u32> = logits
-            .iter()
-            .enumerate()
-            .map(|(row, logits)| choose(logits, sampling, row, step))
-            .collect();
+        let next: Vec<u32> =
+            logits.iter().enumerate().map(|(row, logits)| choose(logits, sampling, row, step)).collect();
         for (row, &id) in next.iter().enumerate() {
             if !open[row] {
                 continue;
@@ -159,7 +156,10 @@ mod tests {
     #[test]
     fn top_p_and_top_k_cut_the_tail() {
         let logits = [5.0, 4.9, -20.0];
-        for top in [Sampling { temperature: 1.0, top_k: 2, ..Sampling::default() }, Sampling { temperature: 1.0, top_p: 0.9, ..Sampling::default() }] {
+        for top in [
+            Sampling { temperature: 1.0, top_k: 2, ..Sampling::default() },
+            Sampling { temperature: 1.0, top_p: 0.9, ..Sampling::default() },
+        ] {
             let drawn: Vec<u32> = (0..200).map(|step| choose(&logits, &top, 0, step)).collect();
             assert!(drawn.contains(&0) && drawn.contains(&1) && !drawn.contains(&2));
         }

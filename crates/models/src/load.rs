@@ -156,4 +156,3 @@ fn build(
     let model = Trunk { embed_tokens, layers, norm };
     Ok(Decoder { model, lm_head, config: Arc::new(config), compute: dtype })
 }
-

@@ -4,8 +4,7 @@
 //! attention; where the key is absent the window is 4096, as in the first release.
 
 use crate::config::{
-    Activation, ConfigError, DecoderConfig, Defaults, Keys, LayerConfig, Rope, shared,
-    sliding_window,
+    Activation, ConfigError, DecoderConfig, Defaults, Keys, LayerConfig, Rope, shared, sliding_window,
 };
 
 const DEFAULTS: Defaults = Defaults {

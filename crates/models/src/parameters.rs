@@ -163,7 +163,11 @@ impl<F: FnMut(&str) -> Option<bool>> ModuleMapper for Switch<F> {
     fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
         let Some(trained) = (self.trained)(&self.path.name()) else { return param };
         let param = param.set_require_grad(trained);
-        if trained { param.map(|value| lowrank_core::lowrank::cast(value, burn::tensor::FloatDType::F32)) } else { param }
+        if trained {
+            param.map(|value| lowrank_core::lowrank::cast(value, burn::tensor::FloatDType::F32))
+        } else {
+            param
+        }
     }
 }
 

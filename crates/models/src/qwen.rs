@@ -10,8 +10,7 @@
 //! `max_window_layers` (default 28) on.
 
 use crate::config::{
-    Activation, ConfigError, DecoderConfig, Defaults, Keys, LayerConfig, Rope, mixed_layers,
-    shared, sliding_window,
+    Activation, ConfigError, DecoderConfig, Defaults, Keys, LayerConfig, Rope, mixed_layers, shared, sliding_window,
 };
 
 const QWEN2: Defaults = Defaults {
@@ -25,10 +24,7 @@ const QWEN2: Defaults = Defaults {
     bos_token_id: None,
     pad_token_id: None,
 };
-const QWEN3: Defaults = Defaults {
-    head_dim: Some(128),
-    ..QWEN2
-};
+const QWEN3: Defaults = Defaults { head_dim: Some(128), ..QWEN2 };
 
 pub(crate) fn read_qwen2(keys: &Keys<'_>) -> Result<DecoderConfig, ConfigError> {
     let base = shared(keys, &QWEN2)?;
@@ -59,7 +55,5 @@ fn layers(keys: &Keys<'_>, num_layers: usize) -> Result<Vec<LayerConfig>, Config
         false => None,
     };
     let first_sliding = keys.count("max_window_layers")?.unwrap_or(28);
-    mixed_layers(keys, num_layers, window, 0, |layer| {
-        window.is_some() && layer >= first_sliding
-    })
+    mixed_layers(keys, num_layers, window, 0, |layer| window.is_some() && layer >= first_sliding)
 }

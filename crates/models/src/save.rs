@@ -21,7 +21,13 @@ pub fn host_values(tensor: Tensor<2>) -> Vec<f32> {
 ///
 /// # Errors
 /// Anything the disk refuses; files that were there before are then unchanged.
-pub fn save_model(decoder: &Decoder, origin: &Path, folder: &Path, dtype: Dtype, max_shard_bytes: u64) -> Result<(), HfError> {
+pub fn save_model(
+    decoder: &Decoder,
+    origin: &Path,
+    folder: &Path,
+    dtype: Dtype,
+    max_shard_bytes: u64,
+) -> Result<(), HfError> {
     std::fs::create_dir_all(folder).map_err(|source| HfError::io("create", folder, source))?;
     write_sharded(folder, tensors(decoder, dtype), max_shard_bytes)?;
     write_config(decoder, origin, folder, dtype)?;

@@ -11,19 +11,13 @@ use serde_json::{Value, json};
 type Shapes = BTreeMap<String, Vec<usize>>;
 
 fn parse(config: &Value) -> DecoderConfig {
-    DecoderConfig::from_json(&config.to_string(), Path::new("config.json"))
-        .unwrap_or_else(|error| panic!("{error}"))
+    DecoderConfig::from_json(&config.to_string(), Path::new("config.json")).unwrap_or_else(|error| panic!("{error}"))
 }
 
 /// The message for a broken config, without the file name.
 fn message(config: &Value) -> String {
-    let error = DecoderConfig::from_json(&config.to_string(), Path::new("m/config.json"))
-        .unwrap_err()
-        .to_string();
-    error
-        .strip_prefix("m/config.json: ")
-        .unwrap_or_else(|| panic!("no file name in: {error}"))
-        .to_string()
+    let error = DecoderConfig::from_json(&config.to_string(), Path::new("m/config.json")).unwrap_err().to_string();
+    error.strip_prefix("m/config.json: ").unwrap_or_else(|| panic!("no file name in: {error}")).to_string()
 }
 
 fn expected_shapes(config: &DecoderConfig) -> Shapes {
@@ -40,21 +34,13 @@ fn reference() -> Value {
 }
 
 fn floats(value: &Value) -> Vec<f32> {
-    value
-        .as_array()
-        .unwrap()
-        .iter()
-        .map(|number| number.as_f64().unwrap() as f32)
-        .collect()
+    value.as_array().unwrap().iter().map(|number| number.as_f64().unwrap() as f32).collect()
 }
 
 /// Largest relative difference.
 fn relative_difference(ours: &[f32], theirs: &[f32]) -> f32 {
     assert_eq!(ours.len(), theirs.len());
-    ours.iter()
-        .zip(theirs)
-        .map(|(ours, theirs)| (ours - theirs).abs() / theirs.abs())
-        .fold(0.0, f32::max)
+    ours.iter().zip(theirs).map(|(ours, theirs)| (ours - theirs).abs() / theirs.abs()).fold(0.0, f32::max)
 }
 
 fn option_f32(value: &Value) -> Option<f32> {
@@ -73,36 +59,12 @@ fn every_case_of_the_reference() {
         let tensors: Shapes = serde_json::from_value(expected["tensors"].clone()).unwrap();
         assert_eq!(expected_shapes(&config), tensors, "{name}");
         check_layers(name, &config, expected);
-        assert_eq!(
-            config.attention_scale,
-            option_f32(&expected["attention_scale"]).unwrap(),
-            "{name}"
-        );
-        assert_eq!(
-            config.final_softcap,
-            option_f32(&expected["final_softcap"]),
-            "{name}"
-        );
-        assert_eq!(
-            config.attention_softcap,
-            option_f32(&expected["attention_softcap"]),
-            "{name}"
-        );
-        assert_eq!(
-            config.norm_eps,
-            option_f32(&expected["norm_eps"]).unwrap(),
-            "{name}"
-        );
-        assert_eq!(
-            json!(config.tie_word_embeddings),
-            expected["tied"],
-            "{name}"
-        );
-        assert_eq!(
-            json!(config.max_position_embeddings),
-            expected["max_position_embeddings"],
-            "{name}"
-        );
+        assert_eq!(config.attention_scale, option_f32(&expected["attention_scale"]).unwrap(), "{name}");
+        assert_eq!(config.final_softcap, option_f32(&expected["final_softcap"]), "{name}");
+        assert_eq!(config.attention_softcap, option_f32(&expected["attention_softcap"]), "{name}");
+        assert_eq!(config.norm_eps, option_f32(&expected["norm_eps"]).unwrap(), "{name}");
+        assert_eq!(json!(config.tie_word_embeddings), expected["tied"], "{name}");
+        assert_eq!(json!(config.max_position_embeddings), expected["max_position_embeddings"], "{name}");
         assert_eq!(json!(config.bos_token_id), expected["bos"], "{name}");
         assert_eq!(json!(config.pad_token_id), expected["pad"], "{name}");
         let eos = match &expected["eos"] {
@@ -120,23 +82,13 @@ fn check_layers(name: &str, config: &DecoderConfig, expected: &Value) {
     for (index, kind) in kinds.iter().enumerate() {
         let kind = kind.as_str().unwrap();
         let LayerConfig { window, rope } = config.layers[index];
-        assert_eq!(
-            json!(window),
-            expected["windows"][index],
-            "{name}, layer {index}"
-        );
+        assert_eq!(json!(window), expected["windows"][index], "{name}, layer {index}");
         let rope = &config.ropes[rope];
         // One rounding of the power, one of the reciprocal, a few more in the blends.
         let difference = relative_difference(&rope.inv_freq, &floats(&expected["inv_freq"][kind]));
-        assert!(
-            difference < 4e-7,
-            "{name}, layer {index}: frequencies differ by {difference:e}"
-        );
+        assert!(difference < 4e-7, "{name}, layer {index}: frequencies differ by {difference:e}");
         let factor = expected["attention_factor"][kind].as_f64().unwrap();
-        assert_eq!(
-            rope.attention_factor, factor as f32,
-            "{name}, layer {index}"
-        );
+        assert_eq!(rope.attention_factor, factor as f32, "{name}, layer {index}");
     }
 }
 
@@ -147,19 +99,13 @@ fn tables_of_cosines_and_sines() {
     let config = parse(&tables["config"]);
     let (cosines, sines) = config.rope_tables(0, &positions);
     let half = config.head_dim / 2;
-    for (ours, theirs) in [
-        (cosines, floats(&tables["cosines"])),
-        (sines, floats(&tables["sines"])),
-    ] {
+    for (ours, theirs) in [(cosines, floats(&tables["cosines"])), (sines, floats(&tables["sines"]))] {
         assert_eq!(ours.len(), positions.len() * half);
         for (index, (ours, theirs)) in ours.iter().zip(&theirs).enumerate() {
             // An ulp of the frequency turns into `position` ulps of the angle.
             let angle = positions[index / half] as f32 * config.ropes[0].inv_freq[index % half];
             let tolerance = 3e-7 + 2.4e-7 * angle;
-            assert!(
-                (ours - theirs).abs() < tolerance,
-                "index {index}: {ours} against {theirs}"
-            );
+            assert!((ours - theirs).abs() < tolerance, "index {index}: {ours} against {theirs}");
         }
     }
     assert_eq!(config.rope_tables(0, &[]), (vec![], vec![]));
@@ -173,13 +119,8 @@ fn constants_of_gemma() {
     }));
     assert_eq!(config.architecture, "Gemma3ForCausalLM");
     assert_eq!(config.embedding_scale, Some(48f32.sqrt()));
-    assert_eq!(
-        (config.norm_offset, config.activation),
-        (1.0, Activation::GeluTanh)
-    );
-    assert!(
-        config.sandwich_norms && config.qk_norm && config.tie_word_embeddings && !config.qkv_bias
-    );
+    assert_eq!((config.norm_offset, config.activation), (1.0, Activation::GeluTanh));
+    assert!(config.sandwich_norms && config.qk_norm && config.tie_word_embeddings && !config.qkv_bias);
     let ropes: Vec<usize> = config.layers.iter().map(|layer| layer.rope).collect();
     assert_eq!(ropes, [1, 1, 1, 1, 1, 0, 1]);
     let windows: Vec<Option<usize>> = config.layers.iter().map(|layer| layer.window).collect();
@@ -192,9 +133,7 @@ fn gemma3_wrapper_of_a_text_model() {
         "vocab_size": 64, "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2,
         "num_attention_heads": 4, "head_dim": 8, "sliding_window": 4,
     });
-    let wrapped = parse(
-        &json!({"model_type": "gemma3", "architectures": ["Gemma3ForCausalLM"], "text_config": text}),
-    );
+    let wrapped = parse(&json!({"model_type": "gemma3", "architectures": ["Gemma3ForCausalLM"], "text_config": text}));
     let mut flat = text;
     flat["model_type"] = json!("gemma3_text");
     assert_eq!(wrapped, parse(&flat));
@@ -204,17 +143,11 @@ fn gemma3_wrapper_of_a_text_model() {
 fn header(path: &Path) -> Shapes {
     let bytes = std::fs::read(path).unwrap();
     let length = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
-    let header: serde_json::Map<String, Value> =
-        serde_json::from_slice(&bytes[8..8 + length]).unwrap();
+    let header: serde_json::Map<String, Value> = serde_json::from_slice(&bytes[8..8 + length]).unwrap();
     header
         .into_iter()
         .filter(|(name, _)| name != "__metadata__")
-        .map(|(name, tensor)| {
-            (
-                name,
-                serde_json::from_value(tensor["shape"].clone()).unwrap(),
-            )
-        })
+        .map(|(name, tensor)| (name, serde_json::from_value(tensor["shape"].clone()).unwrap()))
         .collect()
 }
 
@@ -224,25 +157,14 @@ fn tiny_models() -> PathBuf {
 
 #[test]
 fn tensors_of_the_tiny_models() {
-    let names = [
-        "gemma2",
-        "llama",
-        "llama-tied",
-        "llama3",
-        "mistral",
-        "qwen2",
-        "qwen3",
-    ];
+    let names = ["gemma2", "llama", "llama-tied", "llama3", "mistral", "qwen2", "qwen3"];
     for name in names {
         let folder = tiny_models().join(format!("tiny-{name}"));
         let config = DecoderConfig::read(&folder).unwrap();
         let mut stored = Shapes::new();
         for entry in std::fs::read_dir(&folder).unwrap() {
             let path = entry.unwrap().path();
-            if path
-                .extension()
-                .is_some_and(|extension| extension == "safetensors")
-            {
+            if path.extension().is_some_and(|extension| extension == "safetensors") {
                 stored.extend(header(&path));
             }
         }
@@ -255,13 +177,8 @@ fn tensors_of_the_tiny_models() {
 fn other_kinds_of_tiny_models_are_refused_by_name() {
     for name in ["BertForSequenceClassification", "ViTForImageClassification"] {
         let kind = name.split("For").next().unwrap().to_lowercase();
-        let error = DecoderConfig::read(&tiny_models().join(format!("tiny-{kind}")))
-            .unwrap_err()
-            .to_string();
-        assert!(
-            error.contains(&format!("unknown architecture {name} (model_type {kind})")),
-            "{error}"
-        );
+        let error = DecoderConfig::read(&tiny_models().join(format!("tiny-{kind}"))).unwrap_err().to_string();
+        assert!(error.contains(&format!("unknown architecture {name} (model_type {kind})")), "{error}");
     }
 }
 
@@ -356,11 +273,7 @@ fn text_of_errors() {
         ("gemma3", json!({"text_config": {"vocab_size": 0}}), format!("key `text_config.vocab_size`: expected {size}, got 0")),
     ];
     for (model_type, changes, expected) in cases {
-        assert_eq!(
-            message(&with(model_type, changes.clone())),
-            expected,
-            "{model_type} with {changes}"
-        );
+        assert_eq!(message(&with(model_type, changes.clone())), expected, "{model_type} with {changes}");
     }
 }
 
@@ -376,23 +289,12 @@ expected one of:
   Gemma3ForCausalLM (model_type gemma3_text)
   Gemma3ForCausalLM or Gemma3ForConditionalGeneration (model_type gemma3)
 hint: choose a base_model of one of these families";
-    assert_eq!(
-        message(&json!({"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]})),
-        expected
-    );
-    assert!(
-        message(&json!({}))
-            .starts_with("unknown architecture (none given) (model_type (none given))\n")
-    );
+    assert_eq!(message(&json!({"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]})), expected);
+    assert!(message(&json!({})).starts_with("unknown architecture (none given) (model_type (none given))\n"));
     // A head that is not a language model's.
-    let classifier = with(
-        "llama",
-        json!({"architectures": ["LlamaForSequenceClassification"]}),
-    );
+    let classifier = with("llama", json!({"architectures": ["LlamaForSequenceClassification"]}));
     assert!(
-        message(&classifier).starts_with(
-            "unknown architecture LlamaForSequenceClassification (model_type llama)\n"
-        )
+        message(&classifier).starts_with("unknown architecture LlamaForSequenceClassification (model_type llama)\n")
     );
     for row in registry() {
         assert!(expected.contains(row.model_type));
@@ -401,25 +303,13 @@ hint: choose a base_model of one of these families";
 
 #[test]
 fn files_that_are_not_a_config() {
-    let error = |text: &str| {
-        DecoderConfig::from_json(text, Path::new("m/config.json"))
-            .unwrap_err()
-            .to_string()
-    };
-    assert_eq!(
-        error("[1]"),
-        "m/config.json: expected a JSON object, got [1] (a list)"
-    );
+    let error = |text: &str| DecoderConfig::from_json(text, Path::new("m/config.json")).unwrap_err().to_string();
+    assert_eq!(error("[1]"), "m/config.json: expected a JSON object, got [1] (a list)");
     let cut_off = "m/config.json: not valid JSON: EOF while parsing an object at line 2 column 17\n\
                    hint: the file may be cut off; fetch the checkpoint again";
     assert_eq!(error("{\n \"vocab_size\": 64"), cut_off);
-    let missing = DecoderConfig::read(Path::new("no/such/folder"))
-        .unwrap_err()
-        .to_string();
-    assert!(
-        missing.starts_with("no/such/folder/config.json: cannot read: No such file"),
-        "{missing}"
-    );
+    let missing = DecoderConfig::read(Path::new("no/such/folder")).unwrap_err().to_string();
+    assert!(missing.starts_with("no/such/folder/config.json: cannot read: No such file"), "{missing}");
 }
 
 #[test]
@@ -435,25 +325,21 @@ fn an_architecture_alone_or_a_model_type_alone_is_enough() {
 
 #[test]
 fn a_pad_token_of_minus_one_is_none() {
-    assert_eq!(
-        parse(&with("llama", json!({"pad_token_id": -1}))).pad_token_id,
-        None
-    );
+    assert_eq!(parse(&with("llama", json!({"pad_token_id": -1}))).pad_token_id, None);
 }
 
 /// Every key of every reference config, nested ones too, replaced by values of all kinds: an error or a config that holds
 /// together, never a panic.
 #[test]
 fn no_value_of_any_key_panics() {
-    let values = json!([null, true, -1, 0, 1, 3, 9007199254740992u64, 1e300, 1e-300, "x", [], ["x"], [-1], {}, {"a": 1}]);
+    let values =
+        json!([null, true, -1, 0, 1, 3, 9007199254740992u64, 1e300, 1e-300, "x", [], ["x"], [-1], {}, {"a": 1}]);
     for case in reference()["cases"].as_array().unwrap() {
         for pointer in pointers(&case["config"]) {
             for value in values.as_array().unwrap() {
                 let mut config = case["config"].clone();
                 *config.pointer_mut(&pointer).unwrap() = value.clone();
-                if let Ok(config) =
-                    DecoderConfig::from_json(&config.to_string(), Path::new("config.json"))
-                {
+                if let Ok(config) = DecoderConfig::from_json(&config.to_string(), Path::new("config.json")) {
                     check_invariants(&config, &format!("{pointer} = {value}"));
                 }
             }
@@ -466,12 +352,8 @@ fn pointers(config: &Value) -> Vec<String> {
         return Vec::new();
     };
     let below = |(key, value): (&String, &Value)| {
-        let nested = pointers(value)
-            .into_iter()
-            .map(move |rest| format!("/{key}{rest}"));
-        std::iter::once(format!("/{key}"))
-            .chain(nested)
-            .collect::<Vec<_>>()
+        let nested = pointers(value).into_iter().map(move |rest| format!("/{key}{rest}"));
+        std::iter::once(format!("/{key}")).chain(nested).collect::<Vec<_>>()
     };
     map.iter().flat_map(below).collect()
 }
@@ -479,26 +361,13 @@ fn pointers(config: &Value) -> Vec<String> {
 fn check_invariants(config: &DecoderConfig, what: &str) {
     assert_eq!(config.layers.len(), config.num_layers, "{what}");
     assert_eq!(config.num_heads % config.num_kv_heads, 0, "{what}");
-    assert!(
-        config
-            .layers
-            .iter()
-            .all(|layer| layer.rope < config.ropes.len()),
-        "{what}"
-    );
+    assert!(config.layers.iter().all(|layer| layer.rope < config.ropes.len()), "{what}");
     for rope in &config.ropes {
         assert_eq!(rope.inv_freq.len() * 2, config.head_dim, "{what}");
         let finite = rope.inv_freq.iter().all(|frequency| frequency.is_finite());
-        assert!(
-            finite && rope.attention_factor.is_finite(),
-            "{what}: {rope:?}"
-        );
+        assert!(finite && rope.attention_factor.is_finite(), "{what}: {rope:?}");
     }
-    let numbers = [
-        config.attention_scale,
-        config.norm_eps,
-        config.initializer_range,
-    ];
+    let numbers = [config.attention_scale, config.norm_eps, config.initializer_range];
     assert!(numbers.iter().all(|number| number.is_finite()), "{what}");
     assert!(!config.expected_tensors().is_empty(), "{what}");
 }

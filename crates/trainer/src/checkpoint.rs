@@ -25,6 +25,26 @@ use crate::data::LoaderState;
 use crate::error::Problem;
 use crate::session::Adapter;
 
+/// A number that a checkpoint brings back to the bit. It is stored as text: JSON has no NaN, which the loss of a step that
+/// was left out may be.
+#[derive(Clone, Copy, Debug, Default, PartialEq, PartialOrd, Serialize, Deserialize)]
+#[serde(into = "String", try_from = "String")]
+pub struct Exact(pub f64);
+
+impl From<Exact> for String {
+    fn from(number: Exact) -> Self {
+        number.0.to_string()
+    }
+}
+
+impl TryFrom<String> for Exact {
+    type Error = std::num::ParseFloatError;
+
+    fn try_from(text: String) -> Result<Self, Self::Error> {
+        text.parse().map(Self)
+    }
+}
+
 /// Counters of a run.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Counters {
@@ -35,13 +55,13 @@ pub struct Counters {
     /// Micro batches run, for dropout.
     pub micro_batches: u64,
     /// Loss of the last step.
-    pub train_loss: f64,
+    pub train_loss: Exact,
     /// Loss of the last evaluation.
-    pub eval_loss: Option<f64>,
+    pub eval_loss: Option<Exact>,
     /// Exact match of the last evaluation.
-    pub exact_match: Option<f64>,
+    pub exact_match: Option<Exact>,
     /// Lowest evaluation loss and its step.
-    pub best: Option<(f64, u64)>,
+    pub best: Option<(Exact, u64)>,
     /// Evaluations since the lowest.
     pub evaluations_since_best: u64,
 }
@@ -116,10 +136,13 @@ pub fn write(
 /// # Errors
 /// A file is missing or does not fit the model.
 pub fn read(folder: &Path, decoder: &mut Decoder, optimizer: &mut AdamW) -> Result<(Counters, LoaderState), Problem> {
-    let text = std::fs::read_to_string(folder.join("state.json")).map_err(|error| cannot("read", folder).source(error))?;
+    let text =
+        std::fs::read_to_string(folder.join("state.json")).map_err(|error| cannot("read", folder).source(error))?;
     let state: State = serde_json::from_str(&text).map_err(|error| cannot("read", folder).source(error))?;
     if state.version != VERSION {
-        return Err(cannot("read", folder).hint(format!("it has format {}, this program reads {VERSION}", state.version)));
+        return Err(
+            cannot("read", folder).hint(format!("it has format {}, this program reads {VERSION}", state.version))
+        );
     }
     let failed = |error| cannot("read", folder).source(error);
     let stored = Checkpoint::open_file(&folder.join("parameters.safetensors")).map_err(failed)?;
@@ -128,7 +151,9 @@ pub fn read(folder: &Path, decoder: &mut Decoder, optimizer: &mut AdamW) -> Resu
     let tensor = |file: &Checkpoint, name: &str, dims: [usize; 2]| -> Result<Tensor<2>, Problem> {
         let view = file.get(name).map_err(failed)?;
         if view.shape != dims {
-            return Err(cannot("read", folder).hint(format!("{name} has shape {:?}, the model expects {dims:?}", view.shape)));
+            return Err(
+                cannot("read", folder).hint(format!("{name} has shape {:?}, the model expects {dims:?}", view.shape))
+            );
         }
         Ok(Tensor::from_data(TensorData::new(view.to_f32(), dims), &device))
     };

@@ -194,10 +194,10 @@ pub struct GenerateArgs {
     #[arg(long, value_name = "N", default_value_t = 256, value_parser = clap::value_parser!(u64).range(1..))]
     pub max_new_tokens: u64,
     /// Randomness of the choice; 0 always takes the most likely token
-    #[arg(long, value_name = "T", default_value_t = 0.0, value_parser = temperature)]
+    #[arg(long, value_name = "T", default_value_t = 0.0, value_parser = temperature, allow_negative_numbers = true)]
     pub temperature: f64,
     /// Choose among the most likely tokens that together have this probability
-    #[arg(long, value_name = "P", default_value_t = 1.0, value_parser = probability)]
+    #[arg(long, value_name = "P", default_value_t = 1.0, value_parser = probability, allow_negative_numbers = true)]
     pub top_p: f64,
     /// Choose among the K most likely tokens; 0 is all
     #[arg(long, value_name = "K", default_value_t = 0)]

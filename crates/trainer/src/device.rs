@@ -56,7 +56,10 @@ pub fn list(name: &str) -> Vec<Device> {
 /// Whether a device is a graphics card and not a program that imitates one.
 fn is_hardware(device: &Device) -> bool {
     let text = format!("{device:?}");
-    text.contains("DiscreteGpu") || text.contains("IntegratedGpu") || text.contains("VirtualGpu") || text.contains("Cuda")
+    text.contains("DiscreteGpu")
+        || text.contains("IntegratedGpu")
+        || text.contains("VirtualGpu")
+        || text.contains("Cuda")
 }
 
 /// What a device is called, with the name its driver gives it.
@@ -88,13 +91,20 @@ pub fn choose(name: &str) -> Result<ChosenDevice, Problem> {
     };
     let known = names();
     if !known.contains(&kind) {
-        let problem = Problem::config(format!("device \"{name}\" is not in this build, which has {}", known.join(", ")));
-        return Err(problem.hint(format!("build with --features {kind}, or use device = \"auto\"")));
+        let problem =
+            Problem::config(format!("device \"{name}\" is not in this build, which has {}", known.join(", ")));
+        return Err(problem.hint(match ["cuda", "vulkan", "metal", "wgpu", "cpu"].contains(&kind) {
+            true => format!("build with --features {}, or use device = \"auto\"", kind.replace("cpu", "flex")),
+            false => "use auto, cpu, cuda, vulkan, metal or wgpu, with an index as in cuda:1".to_owned(),
+        }));
     }
     let devices = list(kind);
     let found = index.and_then(|index| devices.get(index).map(|device| (index, device)));
     let Some((index, device)) = found else {
-        let problem = Problem::config(format!("device \"{name}\" not found: this machine has {} of the kind \"{kind}\"", devices.len()));
+        let problem = Problem::config(format!(
+            "device \"{name}\" not found: this machine has {} of the kind \"{kind}\"",
+            devices.len()
+        ));
         return Err(problem.hint("lowrank-train doctor lists the devices; device = \"auto\" takes the best one"));
     };
     Ok(ChosenDevice { device: device.clone(), description: describe(kind, index, device) })
@@ -130,9 +140,21 @@ pub fn compute_type(dtype: Dtype, chosen: &ChosenDevice) -> Result<FloatDType, P
         .hint("use dtype = \"f32\", or another device"))
 }
 
+/// Settings of the process. To be called first, before any other thread exists.
+///
+/// Graphics drivers print an error for a missing XDG_RUNTIME_DIR although nothing is shown on a screen: it is pointed at the
+/// folder for temporary files.
+pub fn prepare_process() {
+    if std::env::var_os("XDG_RUNTIME_DIR").is_none() {
+        // SAFETY: no other thread exists yet.
+        unsafe { std::env::set_var("XDG_RUNTIME_DIR", std::env::temp_dir()) };
+    }
+    keep_memory();
+}
+
 /// Lets glibc keep freed activations instead of returning them to the system: a training step allocates the same sizes again
-/// and again, and fresh pages cost a fault each. To be called first, before any other thread exists.
-pub fn keep_memory() {
+/// and again, and fresh pages cost a fault each.
+fn keep_memory() {
     #[cfg(all(target_os = "linux", target_env = "gnu"))]
     // SAFETY: mallopt only sets tuning parameters of the allocator.
     unsafe {

@@ -96,12 +96,18 @@ impl Error for Problem {
 
 /// The text to print for an error and the exit code to end with.
 ///
-/// The text has one `error:` line, a `caused by:` line for every deeper error, then a blank line and the first hint of
-/// the chain. An error that is no [`Problem`] ends with code 1. There is no newline at the end.
+/// The text has one `error:` line, a `caused by:` line for every deeper error that the one above does not repeat, then a
+/// blank line and the first hint of the chain. An error that is no [`Problem`] ends with code 1. There is no newline at the end.
 pub fn report(error: &anyhow::Error) -> (String, i32) {
     let mut text = format!("error: {error}");
+    let mut above = error.to_string();
     for cause in error.chain().skip(1) {
-        text.push_str(&format!("\n  caused by: {cause}"));
+        let cause = cause.to_string();
+        // Some errors show the one below in their own text already.
+        if !above.contains(&cause) {
+            text.push_str(&format!("\n  caused by: {cause}"));
+        }
+        above = cause;
     }
     let problems = || error.chain().filter_map(|cause| cause.downcast_ref::<Problem>());
     if let Some(hint) = problems().find_map(|problem| problem.hint.as_ref()) {
@@ -144,6 +150,14 @@ mod tests {
         let (text, code) = report(&error);
         assert_eq!(text, "error: while reading run.toml\n  caused by: bad key\n\nhint: spell it right");
         assert_eq!(code, 2);
+    }
+
+    #[test]
+    fn a_cause_that_the_error_above_repeats_is_printed_once() {
+        let disk = std::io::Error::other("disk on fire");
+        let inner = Problem::run("cannot read a.jsonl: disk on fire").source(disk);
+        let (text, _) = report(&Problem::run("cannot read the data").source(inner).into());
+        assert_eq!(text, "error: cannot read the data\n  caused by: cannot read a.jsonl: disk on fire");
     }
 
     #[test]

@@ -34,7 +34,12 @@ pub fn batch_loss(decoder: &Decoder, batch: &Batch, head_chunk_tokens: usize) ->
 }
 
 /// Mean loss over the counted tokens of a data set, and their number.
-pub fn loss(decoder: &Decoder, data: &Evaluation, head_chunk_tokens: usize, mut done: impl FnMut(u64, u64)) -> (f64, u64) {
+pub fn loss(
+    decoder: &Decoder,
+    data: &Evaluation,
+    head_chunk_tokens: usize,
+    mut done: impl FnMut(u64, u64),
+) -> (f64, u64) {
     let total = data.len() as u64;
     let (mut sum, mut tokens) = (0.0, 0u64);
     for (index, batch) in data.batches().enumerate() {
@@ -59,7 +64,8 @@ pub struct Question {
 /// # Errors
 /// Unreadable files or records that cannot be encoded.
 pub fn questions(session: &Session, entries: &[String], data: &DataConfig) -> Result<Vec<Question>, Problem> {
-    let records = read_records(entries, data).map_err(|error| Problem::run("cannot read the questions").source(error))?;
+    let records =
+        read_records(entries, data).map_err(|error| Problem::run("cannot read the questions").source(error))?;
     records.iter().filter_map(|located| question(session, &located.record).transpose()).collect()
 }
 

@@ -55,9 +55,12 @@ impl Session {
         let compute = device::compute_type(dtype, &device)?;
         let folder = hf::resolve_model(base_model)
             .map_err(|error| Problem::config(format!("base_model = \"{base_model}\" cannot be used")).source(error))?;
-        let tokenizer = Tokenizer::from_folder(&folder).map_err(|error| run_problem("cannot load the tokenizer", error))?;
-        let chat = ChatTemplate::from_folder(&folder).map_err(|error| run_problem("cannot load the chat template", error))?;
+        let tokenizer =
+            Tokenizer::from_folder(&folder).map_err(|error| run_problem("cannot load the tokenizer", error))?;
+        let chat =
+            ChatTemplate::from_folder(&folder).map_err(|error| run_problem("cannot load the chat template", error))?;
         let decoder = load_model(&folder, compute, &device, style)?;
+        let tokenizer = tokenizer.for_model(decoder.config.vocab_size);
         Ok(Self { device, folder, decoder, tokenizer, chat, adapter: None })
     }
 
@@ -96,8 +99,13 @@ impl Session {
     /// # Errors
     /// It is missing, damaged, or does not fit.
     pub fn load_adapter(&mut self, folder: &Path) -> Result<(), Problem> {
-        let (config, attached) = adapters::load_adapter(&mut self.decoder, folder)
-            .map_err(|error| run_problem(&format!("cannot use the adapter {}", folder.display()), error))?;
+        let (config, attached) = adapters::load_adapter(&mut self.decoder, folder).map_err(|error| {
+            let what = format!("cannot use the adapter {}", folder.display());
+            match folder.join("adapter_config.json").is_file() {
+                true => Problem::run(what).source(error),
+                false => Problem::config(what).source(error), // the folder was named wrongly
+            }
+        })?;
         self.adapter = Some(Adapter { config, attached });
         Ok(())
     }
@@ -108,9 +116,15 @@ impl Session {
     }
 }
 
-fn load_model(folder: &Path, compute: FloatDType, device: &ChosenDevice, style: ProgressStyle) -> Result<Decoder, Problem> {
+fn load_model(
+    folder: &Path,
+    compute: FloatDType,
+    device: &ChosenDevice,
+    style: ProgressStyle,
+) -> Result<Decoder, Problem> {
     let phase = Phase::start(style, format!("loading {}", folder.display()));
-    let decoder = load::load(folder, compute, &device.device, &mut |_, done, total| phase.update(done as u64, total as u64));
+    let decoder =
+        load::load(folder, compute, &device.device, &mut |_, done, total| phase.update(done as u64, total as u64));
     phase.finish();
     decoder.map_err(|error| run_problem(&format!("cannot load the model in {}", folder.display()), error))
 }
@@ -126,9 +140,8 @@ fn set_dropout(decoder: &mut Decoder, dropout: f64) {
 
 fn modules(wanted: &TargetModules, key: &str) -> Result<Modules, Problem> {
     match wanted {
-        TargetModules::Pattern(text) => {
-            Modules::from_text(text).map_err(|reason| Problem::config(format!("adapter.lora.{key} = \"{text}\": {reason}")))
-        }
+        TargetModules::Pattern(text) => Modules::from_text(text)
+            .map_err(|reason| Problem::config(format!("adapter.lora.{key} = \"{text}\": {reason}"))),
         TargetModules::Names(names) => Ok(Modules::Names(names.clone())),
     }
 }
@@ -145,7 +158,8 @@ pub fn peft_config(lora: &LoraConfig) -> Result<hf::AdapterConfig, Problem> {
     let mut config = hf::AdapterConfig::new(lora.r, lora.lora_alpha, modules(&lora.target_modules, "target_modules")?);
     config.lora_dropout = lora.lora_dropout;
     config.use_rslora = lora.use_rslora;
-    config.exclude_modules = lora.exclude_modules.as_ref().map(|wanted| modules(wanted, "exclude_modules")).transpose()?;
+    config.exclude_modules =
+        lora.exclude_modules.as_ref().map(|wanted| modules(wanted, "exclude_modules")).transpose()?;
     for (text, &rank) in &lora.rank_pattern {
         config.rank_pattern.push((pattern(text, ModulePattern::ending, "rank_pattern")?, rank));
     }

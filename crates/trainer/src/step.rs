@@ -286,7 +286,6 @@ impl<'a> Pass<'a> {
         let mut gradients = kernels::backward_from(out, Tensor::from_inner(gradient));
         parameters::take_gradients(&lifted, "model.embed_tokens", &mut gradients, &mut into.gradients);
     }
-
 }
 
 /// The head's parameters under their checkpoint names.

@@ -9,7 +9,7 @@ use lowrank_core::optim::{AdamW, AdamWConfig, Schedule, ScheduleKind};
 use lowrank_models::{Batch, parameters};
 use regex::RegexSet;
 
-use crate::checkpoint::{self, Counters};
+use crate::checkpoint::{self, Counters, Exact};
 use crate::config::{AdapterConfig, LoraConfig, OnNonFinite, OptimizerConfig, RunConfig, Scheduler};
 use crate::data::{Evaluation, Loader};
 use crate::error::Problem;
@@ -203,6 +203,11 @@ impl Run<'_> {
         }
         let mut ended_by = if self.config.training.max_steps.is_some() { "max_steps" } else { "num_epochs" };
         while self.counters.step < self.total_steps {
+            // Looked at before a step, so that a run resumed from its last checkpoint does not train on.
+            if self.stops_early() {
+                ended_by = "early_stopping";
+                break;
+            }
             self.step(&rates, &progress)?;
             let step = self.counters.step;
             let is_last = step == self.total_steps;
@@ -210,17 +215,12 @@ impl Run<'_> {
             if self.evaluation.is_some() && (is_last || due(self.config.training.eval_steps)) {
                 self.evaluate(&progress)?;
             }
-            let patience = self.config.training.early_stopping_patience;
-            let stops_early = patience.is_some_and(|patience| self.counters.evaluations_since_best >= patience);
+            let is_done = is_last || self.stops_early();
             let interrupted = self.stop.load(Ordering::Relaxed);
-            if is_last || stops_early || interrupted || due(Some(self.config.training.save_steps)) {
+            if is_done || interrupted || due(Some(self.config.training.save_steps)) {
                 self.save()?;
             }
-            if stops_early {
-                ended_by = "early_stopping";
-                break;
-            }
-            if interrupted && !is_last {
+            if interrupted && !is_done {
                 progress.finish();
                 return Ok(Outcome::Interrupted);
             }
@@ -231,11 +231,15 @@ impl Run<'_> {
         Ok(Outcome::Finished(ended_by))
     }
 
+    fn stops_early(&self) -> bool {
+        let patience = self.config.training.early_stopping_patience;
+        patience.is_some_and(|patience| self.counters.evaluations_since_best >= patience)
+    }
+
     fn step(&mut self, rates: &Rates, progress: &Progress) -> Result<(), Problem> {
         let started = Instant::now();
         let training = &self.config.training;
-        let batches: Vec<Batch> =
-            (0..training.gradient_accumulation_steps).map(|_| self.loader.next_batch()).collect();
+        let batches: Vec<Batch> = (0..training.gradient_accumulation_steps).map(|_| self.loader.next_batch()).collect();
         let targets: usize = batches.iter().map(Batch::target_count).sum();
         let denominators = vec![targets.max(1) as f64; batches.len()];
         let step = self.counters.step;
@@ -261,14 +265,14 @@ impl Run<'_> {
         self.counters.step += 1;
         self.counters.tokens += tokens as u64;
         self.counters.micro_batches += batches.len() as u64;
-        self.counters.train_loss = report.loss;
+        self.counters.train_loss = Exact(report.loss);
         progress.advance(self.counters.step);
         let is_last = self.counters.step == self.total_steps;
         if is_last || step == 0 || self.counters.step.is_multiple_of(self.config.logging.logging_steps) {
             let seconds = started.elapsed().as_secs_f64();
             let line = Line::Train(TrainLine {
                 step: self.counters.step,
-                epoch: self.loader.epoch() as f64 + self.loader.progress(),
+                epoch: self.loader.progress(),
                 loss: report.loss,
                 grad_norm: report.grad_norm,
                 learning_rate: rates.base(step),
@@ -303,7 +307,11 @@ impl Run<'_> {
         records.sort_unstable();
         records.dedup();
         let shown: Vec<String> = records.iter().take(8).map(|&r| self.loader.dataset().describe_record(r)).collect();
-        let more = if records.len() > shown.len() { format!(" and {} more", records.len() - shown.len()) } else { String::new() };
+        let more = if records.len() > shown.len() {
+            format!(" and {} more", records.len() - shown.len())
+        } else {
+            String::new()
+        };
         let what = format!(
             "step {step}: the loss is {} and the gradient norm {}; the records of this step: {}{more}",
             report.loss,
@@ -325,18 +333,18 @@ impl Run<'_> {
     fn evaluate(&mut self, progress: &Progress) -> Result<(), Problem> {
         let Some(evaluation) = &self.evaluation else { return Ok(()) };
         let started = Instant::now();
-        let (loss, tokens) =
-            evaluate::loss(&self.session.decoder, evaluation, self.head_chunk_tokens(), |_, _| {});
+        let (loss, tokens) = evaluate::loss(&self.session.decoder, evaluation, self.head_chunk_tokens(), |_, _| {});
         let answers = match self.config.evaluation.generate && !self.questions.is_empty() {
             true => Some(evaluate::exact_match(&self.session, &self.questions, &self.config.evaluation, |_, _| {})?),
             false => None,
         };
-        self.counters.eval_loss = Some(loss);
-        self.counters.exact_match = answers.as_ref().map(evaluate::Answers::exact_match);
+        self.counters.eval_loss = Some(Exact(loss));
+        let exact_match = answers.as_ref().map(evaluate::Answers::exact_match);
+        self.counters.exact_match = exact_match.map(Exact);
         match self.counters.best {
-            Some((best, _)) if loss >= best => self.counters.evaluations_since_best += 1,
+            Some((best, _)) if loss >= best.0 || loss.is_nan() => self.counters.evaluations_since_best += 1,
             _ => {
-                self.counters.best = Some((loss, self.counters.step));
+                self.counters.best = Some((Exact(loss), self.counters.step));
                 self.counters.evaluations_since_best = 0;
             }
         }
@@ -345,7 +353,7 @@ impl Run<'_> {
             loss,
             perplexity: loss.exp(),
             tokens,
-            exact_match: self.counters.exact_match,
+            exact_match,
             exact_match_samples: answers.map(|answers| answers.total),
             seconds: started.elapsed().as_secs_f64(),
         });
@@ -380,11 +388,11 @@ impl Run<'_> {
         SummaryLine {
             step: self.counters.step,
             ended_by: ended_by.to_owned(),
-            train_loss: self.counters.train_loss,
-            eval_loss: self.counters.eval_loss,
-            best_eval_loss: self.counters.best.map(|(loss, _)| loss),
+            train_loss: self.counters.train_loss.0,
+            eval_loss: self.counters.eval_loss.map(|loss| loss.0),
+            best_eval_loss: self.counters.best.map(|(loss, _)| loss.0),
             best_step: self.counters.best.map(|(_, step)| step),
-            exact_match: self.counters.exact_match,
+            exact_match: self.counters.exact_match.map(|share| share.0),
             trainable_parameters: trained.iter().map(|(_, dims)| count(dims)).sum(),
             total_parameters: lowrank_models::save::parameter_count(&self.session.decoder) as u64,
             tokens: self.counters.tokens,

@@ -6,4 +6,5 @@
 pub mod lora;
 
 /// Name (its config key and file), paper, trainable parameters of one projection.
-pub const METHODS: &[(&str, &str, &str)] = &[("lora", "LoRA, arXiv 2106.09685; rsLoRA, arXiv 2312.03732", "r (d_in + d_out)")];
+pub const METHODS: &[(&str, &str, &str)] =
+    &[("lora", "LoRA, arXiv 2106.09685; rsLoRA, arXiv 2312.03732", "r (d_in + d_out)")];

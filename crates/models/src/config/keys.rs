@@ -19,15 +19,8 @@ impl<'a> Keys<'a> {
     /// The whole file.
     pub fn of_file(value: &'a Value, origin: &'a Path) -> Result<Self, ConfigError> {
         match value {
-            Value::Object(map) => Ok(Self {
-                map,
-                origin,
-                prefix: String::new(),
-            }),
-            other => Err(ConfigError::NotAnObject {
-                origin: origin.to_path_buf(),
-                got: describe(other),
-            }),
+            Value::Object(map) => Ok(Self { map, origin, prefix: String::new() }),
+            other => Err(ConfigError::NotAnObject { origin: origin.to_path_buf(), got: describe(other) }),
         }
     }
 
@@ -46,11 +39,9 @@ impl<'a> Keys<'a> {
         match self.get(key) {
             None => Ok(None),
             Some(Value::Object(map)) if map.is_empty() => Ok(None),
-            Some(Value::Object(map)) => Ok(Some(Keys {
-                map,
-                origin: self.origin,
-                prefix: format!("{}{key}.", self.prefix),
-            })),
+            Some(Value::Object(map)) => {
+                Ok(Some(Keys { map, origin: self.origin, prefix: format!("{}{key}.", self.prefix) }))
+            }
             Some(other) => Err(self.wrong_type(key, "an object", other)),
         }
     }
@@ -69,12 +60,8 @@ impl<'a> Keys<'a> {
         let Some(value) = self.get(key) else {
             return Ok(None);
         };
-        let texts = value
-            .as_array()
-            .and_then(|list| list.iter().map(Value::as_str).collect());
-        texts
-            .map(Some)
-            .ok_or_else(|| self.wrong_type(key, "a list of strings", value))
+        let texts = value.as_array().and_then(|list| list.iter().map(Value::as_str).collect());
+        texts.map(Some).ok_or_else(|| self.wrong_type(key, "a list of strings", value))
     }
 
     /// The first entry of a list of strings; an empty list counts as absent.
@@ -108,18 +95,11 @@ impl<'a> Keys<'a> {
             return Ok(None);
         };
         let count = value.as_u64().and_then(|count| usize::try_from(count).ok());
-        count
-            .map(Some)
-            .ok_or_else(|| self.wrong_type(key, "a whole number", value))
+        count.map(Some).ok_or_else(|| self.wrong_type(key, "a whole number", value))
     }
 
     /// As [`Keys::size`], where null means `None` and only an absent key has the default.
-    pub fn size_or_null(
-        &self,
-        key: &str,
-        max: usize,
-        default: Option<usize>,
-    ) -> Result<Option<usize>, ConfigError> {
+    pub fn size_or_null(&self, key: &str, max: usize, default: Option<usize>) -> Result<Option<usize>, ConfigError> {
         if !self.map.contains_key(key) {
             return Ok(default);
         }
@@ -128,8 +108,7 @@ impl<'a> Keys<'a> {
 
     /// As [`Keys::size`]; an absent key is an error.
     pub fn required_size(&self, key: &str, max: usize) -> Result<usize, ConfigError> {
-        self.size(key, max)?
-            .ok_or_else(|| self.missing(key, size_range(max)))
+        self.size(key, max)?.ok_or_else(|| self.missing(key, size_range(max)))
     }
 
     /// A number above 0 that a 32-bit float can hold.
@@ -144,11 +123,7 @@ impl<'a> Keys<'a> {
     }
 
     /// As [`Keys::positive`], where null means `None` and only an absent key has the default.
-    pub fn positive_or_null(
-        &self,
-        key: &str,
-        default: Option<f64>,
-    ) -> Result<Option<f64>, ConfigError> {
+    pub fn positive_or_null(&self, key: &str, default: Option<f64>) -> Result<Option<f64>, ConfigError> {
         if !self.map.contains_key(key) {
             return Ok(default);
         }
@@ -157,8 +132,7 @@ impl<'a> Keys<'a> {
 
     /// As [`Keys::positive`]; an absent key is an error.
     pub fn required_positive(&self, key: &str) -> Result<f64, ConfigError> {
-        self.positive(key)?
-            .ok_or_else(|| self.missing(key, POSITIVE.to_string()))
+        self.positive(key)?.ok_or_else(|| self.missing(key, POSITIVE.to_string()))
     }
 
     /// Any finite number.
@@ -166,10 +140,7 @@ impl<'a> Keys<'a> {
         let Some(value) = self.get(key) else {
             return Ok(None);
         };
-        value
-            .as_f64()
-            .map(Some)
-            .ok_or_else(|| self.wrong_type(key, "a number", value))
+        value.as_f64().map(Some).ok_or_else(|| self.wrong_type(key, "a number", value))
     }
 
     /// A token id. Only an absent key has the default; null, and -1 as early Llama files have it, mean none.
@@ -178,9 +149,7 @@ impl<'a> Keys<'a> {
             None => Ok(default),
             Some(Value::Null) => Ok(None),
             Some(value) if value.as_i64() == Some(-1) => Ok(None),
-            Some(value) => as_id(value)
-                .map(Some)
-                .ok_or_else(|| self.wrong_type(key, "a token id or null", value)),
+            Some(value) => as_id(value).map(Some).ok_or_else(|| self.wrong_type(key, "a token id or null", value)),
         }
     }
 
@@ -195,12 +164,7 @@ impl<'a> Keys<'a> {
 
     /// The error for a value that has the right type but makes no model.
     pub fn invalid(&self, key: &str, expected: impl Into<String>, got: String) -> ConfigError {
-        ConfigError::Invalid {
-            origin: self.origin(),
-            key: self.full(key),
-            expected: expected.into(),
-            got,
-        }
+        ConfigError::Invalid { origin: self.origin(), key: self.full(key), expected: expected.into(), got }
     }
 
     /// The error for a value that other programs know and this one does not.
@@ -209,20 +173,13 @@ impl<'a> Keys<'a> {
             origin: self.origin(),
             key: self.full(key),
             expected: expected.to_string(),
-            got: self
-                .map
-                .get(key)
-                .map_or_else(|| "nothing".to_string(), describe),
+            got: self.map.get(key).map_or_else(|| "nothing".to_string(), describe),
             hint: hint.to_string(),
         }
     }
 
     fn missing(&self, key: &str, expected: String) -> ConfigError {
-        ConfigError::Missing {
-            origin: self.origin(),
-            key: self.full(key),
-            expected,
-        }
+        ConfigError::Missing { origin: self.origin(), key: self.full(key), expected }
     }
 
     fn wrong_type(&self, key: &str, expected: &str, got: &Value) -> ConfigError {

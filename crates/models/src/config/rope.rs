@@ -73,10 +73,7 @@ impl DecoderConfig {
     /// # Panics
     /// If `rope` is not an index of `self.ropes`; those in `self.layers` are.
     pub fn rope_tables(&self, rope: usize, positions: &[i32]) -> (Vec<f32>, Vec<f32>) {
-        let Rope {
-            inv_freq,
-            attention_factor,
-        } = &self.ropes[rope];
+        let Rope { inv_freq, attention_factor } = &self.ropes[rope];
         let size = positions.len() * inv_freq.len();
         let (mut cosines, mut sines) = (Vec::with_capacity(size), Vec::with_capacity(size));
         for position in positions {
@@ -103,16 +100,9 @@ fn is_nested(parameters: &Keys<'_>) -> bool {
     present("full_attention") || present("sliding_attention")
 }
 
-fn theta(
-    keys: &Keys<'_>,
-    parameters: Option<&Keys<'_>>,
-    key: &str,
-    default: f64,
-) -> Result<f64, ConfigError> {
+fn theta(keys: &Keys<'_>, parameters: Option<&Keys<'_>>, key: &str, default: f64) -> Result<f64, ConfigError> {
     let (place, key) = match parameters {
-        Some(parameters) if !parameters.is_absent_or_null("rope_theta") => {
-            (parameters, "rope_theta")
-        }
+        Some(parameters) if !parameters.is_absent_or_null("rope_theta") => (parameters, "rope_theta"),
         _ => (keys, key),
     };
     let theta = place.positive(key)?.unwrap_or(default);
@@ -131,31 +121,17 @@ fn build(
     check_whole_head_turns(keys)?;
     let plain = frequencies(theta, config.head_dim);
     let Some(parameters) = parameters else {
-        return Ok(Rope {
-            inv_freq: plain,
-            attention_factor: 1.0,
-        });
+        return Ok(Rope { inv_freq: plain, attention_factor: 1.0 });
     };
     check_whole_head_turns(parameters)?;
     // The old spelling of the key is `type`.
-    let key = if parameters.is_absent_or_null("rope_type") {
-        "type"
-    } else {
-        "rope_type"
-    };
+    let key = if parameters.is_absent_or_null("rope_type") { "type" } else { "rope_type" };
     match parameters.text(key)?.unwrap_or("default") {
-        "default" => Ok(Rope {
-            inv_freq: plain,
-            attention_factor: 1.0,
-        }),
+        "default" => Ok(Rope { inv_freq: plain, attention_factor: 1.0 }),
         "linear" => linear(parameters, plain),
         "llama3" => llama3(parameters, plain, config),
         "yarn" => yarn(parameters, theta, config),
-        _ => Err(parameters.unsupported(
-            key,
-            KNOWN,
-            "choose a checkpoint without this kind of rotary scaling",
-        )),
+        _ => Err(parameters.unsupported(key, KNOWN, "choose a checkpoint without this kind of rotary scaling")),
     }
 }
 
@@ -174,38 +150,23 @@ fn check_whole_head_turns(keys: &Keys<'_>) -> Result<(), ConfigError> {
 /// not depend on the platform's `powf`.
 fn periods(theta: f64, head_dim: usize) -> Vec<f32> {
     let exponent = |pair: usize| (2 * pair) as f32 / head_dim as f32;
-    (0..head_dim / 2)
-        .map(|pair| (theta as f32 as f64).powf(exponent(pair) as f64) as f32)
-        .collect()
+    (0..head_dim / 2).map(|pair| (theta as f32 as f64).powf(exponent(pair) as f64) as f32).collect()
 }
 
 fn frequencies(theta: f64, head_dim: usize) -> Vec<f32> {
-    periods(theta, head_dim)
-        .into_iter()
-        .map(|period| 1.0 / period)
-        .collect()
+    periods(theta, head_dim).into_iter().map(|period| 1.0 / period).collect()
 }
 
 /// Positions are interpolated evenly: all frequencies divided by `factor`.
 fn linear(parameters: &Keys<'_>, plain: Vec<f32>) -> Result<Rope, ConfigError> {
     let factor = parameters.required_positive("factor")? as f32;
-    let inv_freq = plain
-        .into_iter()
-        .map(|frequency| frequency / factor)
-        .collect();
-    Ok(Rope {
-        inv_freq,
-        attention_factor: 1.0,
-    })
+    let inv_freq = plain.into_iter().map(|frequency| frequency / factor).collect();
+    Ok(Rope { inv_freq, attention_factor: 1.0 })
 }
 
 /// Wavelengths shorter than `original / high_freq_factor` stay, those longer than `original / low_freq_factor` are
 /// stretched by `factor`, and between the two the frequency is blended.
-fn llama3(
-    parameters: &Keys<'_>,
-    plain: Vec<f32>,
-    config: &DecoderConfig,
-) -> Result<Rope, ConfigError> {
+fn llama3(parameters: &Keys<'_>, plain: Vec<f32>, config: &DecoderConfig) -> Result<Rope, ConfigError> {
     let factor = parameters.required_positive("factor")? as f32;
     let low = parameters.required_positive("low_freq_factor")?;
     let high = parameters.required_positive("high_freq_factor")?;
@@ -226,23 +187,17 @@ fn llama3(
         let smooth = ((1.0 / wavelength) * original as f32 - low as f32) / (high - low) as f32;
         (1.0 - smooth) * frequency / factor + smooth * frequency
     };
-    Ok(Rope {
-        inv_freq: plain.into_iter().map(scale).collect(),
-        attention_factor: 1.0,
-    })
+    Ok(Rope { inv_freq: plain.into_iter().map(scale).collect(), attention_factor: 1.0 })
 }
 
 /// YaRN: pairs that turn more than `beta_fast` times within the original context stay, those below `beta_slow` turns are
 /// interpolated by `factor`, with a linear ramp over the pair's index between; cosines and sines grow by the attention factor.
 fn yarn(parameters: &Keys<'_>, theta: f64, config: &DecoderConfig) -> Result<Rope, ConfigError> {
     let original = original_length(parameters, config)?;
-    let factor = parameters
-        .positive("factor")?
-        .unwrap_or(config.max_position_embeddings as f64 / original);
+    let factor = parameters.positive("factor")?.unwrap_or(config.max_position_embeddings as f64 / original);
     let head_dim = config.head_dim as f64;
     // Index at which a pair makes `turns` turns within the original context.
-    let index_of =
-        |turns: f64| head_dim * (original / (turns * 2.0 * PI)).ln() / (2.0 * theta.ln());
+    let index_of = |turns: f64| head_dim * (original / (turns * 2.0 * PI)).ln() / (2.0 * theta.ln());
     let mut first = index_of(non_zero(parameters, "beta_fast")?.unwrap_or(32.0));
     let mut last = index_of(non_zero(parameters, "beta_slow")?.unwrap_or(1.0));
     if parameters.flag("truncate")?.unwrap_or(true) {
@@ -256,15 +211,8 @@ fn yarn(parameters: &Keys<'_>, theta: f64, config: &DecoderConfig) -> Result<Rop
         let interpolated = 1.0 / (factor as f32 * period);
         interpolated * (1.0 - kept) + (1.0 / period) * kept
     };
-    let inv_freq = periods(theta, config.head_dim)
-        .into_iter()
-        .enumerate()
-        .map(blend)
-        .collect();
-    Ok(Rope {
-        inv_freq,
-        attention_factor: yarn_attention_factor(parameters, factor)? as f32,
-    })
+    let inv_freq = periods(theta, config.head_dim).into_iter().enumerate().map(blend).collect();
+    Ok(Rope { inv_freq, attention_factor: yarn_attention_factor(parameters, factor)? as f32 })
 }
 
 /// `attention_factor` if given, else `0.1 ln(factor) + 1`, or the ratio of two such terms with the weights `mscale` and
@@ -274,16 +222,9 @@ fn yarn_attention_factor(parameters: &Keys<'_>, factor: f64) -> Result<f64, Conf
         return Ok(given);
     }
     let term = |weight: f64| {
-        if factor <= 1.0 {
-            1.0
-        } else {
-            0.1 * weight * factor.ln() + 1.0
-        }
+        if factor <= 1.0 { 1.0 } else { 0.1 * weight * factor.ln() + 1.0 }
     };
-    match (
-        non_zero(parameters, "mscale")?,
-        non_zero(parameters, "mscale_all_dim")?,
-    ) {
+    match (non_zero(parameters, "mscale")?, non_zero(parameters, "mscale_all_dim")?) {
         (Some(weight), Some(weight_all_dim)) => Ok(term(weight) / term(weight_all_dim)),
         _ => Ok(term(1.0)),
     }

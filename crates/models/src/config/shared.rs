@@ -25,9 +25,7 @@ pub(crate) fn shared(keys: &Keys<'_>, defaults: &Defaults) -> Result<DecoderConf
     let hidden_size = keys.required_size("hidden_size", MAX_SIZE)?;
     let num_layers = keys.required_size("num_hidden_layers", MAX_LAYERS)?;
     let num_heads = keys.required_size("num_attention_heads", MAX_SIZE)?;
-    let num_kv_heads = keys
-        .size_or_null("num_key_value_heads", MAX_SIZE, defaults.num_kv_heads)?
-        .unwrap_or(num_heads);
+    let num_kv_heads = keys.size_or_null("num_key_value_heads", MAX_SIZE, defaults.num_kv_heads)?.unwrap_or(num_heads);
     if !num_heads.is_multiple_of(num_kv_heads) {
         return Err(keys.invalid(
             "num_key_value_heads",
@@ -60,16 +58,8 @@ pub(crate) fn shared(keys: &Keys<'_>, defaults: &Defaults) -> Result<DecoderConf
         attention_softcap: None,
         final_softcap: None,
         sandwich_norms: false,
-        tie_word_embeddings: keys
-            .flag("tie_word_embeddings")?
-            .unwrap_or(defaults.tie_word_embeddings),
-        layers: vec![
-            LayerConfig {
-                window: None,
-                rope: 0
-            };
-            num_layers
-        ],
+        tie_word_embeddings: keys.flag("tie_word_embeddings")?.unwrap_or(defaults.tie_word_embeddings),
+        layers: vec![LayerConfig { window: None, rope: 0 }; num_layers],
         ropes: Vec::new(),
         initializer_range: keys.positive("initializer_range")?.unwrap_or(0.02) as f32,
         eos_token_ids: keys.token_ids("eos_token_id", defaults.eos_token_id)?,
@@ -84,12 +74,7 @@ pub(crate) const MAX_SIZE: usize = i32::MAX as usize;
 const MAX_LAYERS: usize = 10_000;
 const MAX_HEAD_DIM: usize = 65_536;
 
-fn head_dim(
-    keys: &Keys<'_>,
-    defaults: &Defaults,
-    hidden_size: usize,
-    num_heads: usize,
-) -> Result<usize, ConfigError> {
+fn head_dim(keys: &Keys<'_>, defaults: &Defaults, hidden_size: usize, num_heads: usize) -> Result<usize, ConfigError> {
     let given = keys.size_or_null("head_dim", MAX_HEAD_DIM, defaults.head_dim)?;
     if given.is_none() && !hidden_size.is_multiple_of(num_heads) {
         return Err(keys.invalid(
@@ -100,8 +85,7 @@ fn head_dim(
     }
     let head_dim = given.unwrap_or(hidden_size / num_heads);
     if !head_dim.is_multiple_of(2) || head_dim > MAX_HEAD_DIM {
-        let expected =
-            format!("an even number of at most {MAX_HEAD_DIM} (rotary embeddings turn pairs)");
+        let expected = format!("an even number of at most {MAX_HEAD_DIM} (rotary embeddings turn pairs)");
         return Err(keys.invalid("head_dim", expected, head_dim.to_string()));
     }
     Ok(head_dim)
@@ -122,19 +106,13 @@ fn activation(keys: &Keys<'_>, defaults: &Defaults) -> Result<Activation, Config
     }
 }
 
-fn pad_token_id(
-    keys: &Keys<'_>,
-    defaults: &Defaults,
-    vocab_size: usize,
-) -> Result<Option<u32>, ConfigError> {
+fn pad_token_id(keys: &Keys<'_>, defaults: &Defaults, vocab_size: usize) -> Result<Option<u32>, ConfigError> {
     let id = keys.token_id("pad_token_id", defaults.pad_token_id)?;
     // Unlike the other special tokens this one is fed to the model.
     match id {
-        Some(id) if id as usize >= vocab_size => Err(keys.invalid(
-            "pad_token_id",
-            format!("less than vocab_size ({vocab_size})"),
-            id.to_string(),
-        )),
+        Some(id) if id as usize >= vocab_size => {
+            Err(keys.invalid("pad_token_id", format!("less than vocab_size ({vocab_size})"), id.to_string()))
+        }
         _ => Ok(id),
     }
 }
@@ -149,10 +127,7 @@ pub(crate) fn mixed_layers(
     slides: impl Fn(usize) -> bool,
 ) -> Result<Vec<LayerConfig>, ConfigError> {
     let kinds = match keys.texts("layer_types")? {
-        Some(names) => names
-            .into_iter()
-            .map(|name| is_sliding(keys, name))
-            .collect::<Result<Vec<_>, _>>()?,
+        Some(names) => names.into_iter().map(|name| is_sliding(keys, name)).collect::<Result<Vec<_>, _>>()?,
         None => (0..num_layers).map(slides).collect(),
     };
     if kinds.len() != num_layers {
@@ -164,14 +139,8 @@ pub(crate) fn mixed_layers(
         return Err(keys.invalid("sliding_window", expected, "none".to_string()));
     }
     let layer = |slides: bool| match slides {
-        true => LayerConfig {
-            window,
-            rope: sliding_rope,
-        },
-        false => LayerConfig {
-            window: None,
-            rope: 0,
-        },
+        true => LayerConfig { window, rope: sliding_rope },
+        false => LayerConfig { window: None, rope: 0 },
     };
     Ok(kinds.into_iter().map(layer).collect())
 }
@@ -180,18 +149,11 @@ fn is_sliding(keys: &Keys<'_>, layer_type: &str) -> Result<bool, ConfigError> {
     match layer_type {
         "sliding_attention" => Ok(true),
         "full_attention" => Ok(false),
-        other => Err(keys.invalid(
-            "layer_types",
-            "full_attention or sliding_attention",
-            format!("{other:?}"),
-        )),
+        other => Err(keys.invalid("layer_types", "full_attention or sliding_attention", format!("{other:?}"))),
     }
 }
 
 /// The key `sliding_window`: `default` if absent, `None` if null.
-pub(crate) fn sliding_window(
-    keys: &Keys<'_>,
-    default: usize,
-) -> Result<Option<usize>, ConfigError> {
+pub(crate) fn sliding_window(keys: &Keys<'_>, default: usize) -> Result<Option<usize>, ConfigError> {
     keys.size_or_null("sliding_window", MAX_SIZE, Some(default))
 }

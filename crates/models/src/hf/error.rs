@@ -179,6 +179,9 @@ fn io_hint(source: &io::Error) -> &'static str {
             "check the permissions of the file and its folder"
         }
         io::ErrorKind::NotFound => "check the path",
+        io::ErrorKind::FileTooLarge => {
+            "the file system or a limit of the shell (ulimit -f) allows no file of this size"
+        }
         _ => "",
     }
 }

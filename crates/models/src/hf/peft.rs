@@ -136,6 +136,13 @@ impl Modules {
     }
 }
 
+impl std::fmt::Display for Modules {
+    /// As it is written in a configuration.
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(formatter, "{}", self.to_json())
+    }
+}
+
 /// How a fresh adapter's factors start (`init_lora_weights`). Adapters that are loaded bring their values.
 #[derive(Debug, Clone, PartialEq)]
 pub enum InitLoraWeights {

@@ -29,6 +29,8 @@ pub struct Tokenizer {
     path: PathBuf,
     special: SpecialIds,
     vocab_size: usize,
+    /// The model knows ids below this one only; set where it knows fewer than the tokenizer has.
+    rows: Option<usize>,
     fingerprint: String,
 }
 
@@ -75,16 +77,40 @@ impl Tokenizer {
         let vocab_size = inner.get_vocab(true).into_values().max().map_or(0, |last| last as usize + 1);
         let special = read_special_ids(folder, &inner)?;
         let fingerprint = fingerprint(&bytes, &special, inner.get_pre_tokenizer());
-        Ok(Self { inner, path, special, vocab_size, fingerprint })
+        Ok(Self { inner, path, special, vocab_size, rows: None, fingerprint })
+    }
+
+    /// This tokenizer for a model with embeddings for the ids below `rows`. Some models lack those of a few added tokens, which
+    /// is harmless until a text holds one of them: such a text is refused.
+    pub fn for_model(mut self, rows: usize) -> Self {
+        if self.vocab_size > rows {
+            self.rows = Some(rows);
+            self.special.pad = self.special.pad.filter(|&id| (id as usize) < rows);
+            self.fingerprint = format!("{}, ids below {rows}", self.fingerprint);
+        }
+        self
+    }
+
+    /// Refuses ids that the model does not know.
+    fn check_ids(&self, ids: &[u32]) -> Result<(), HfError> {
+        let Some(rows) = self.rows else { return Ok(()) };
+        let Some(&id) = ids.iter().find(|&&id| id as usize >= rows) else { return Ok(()) };
+        let token = self.id_to_token(id).unwrap_or_default();
+        Err(HfError::bad_file(
+            &self.path,
+            format!("the token `{token}` has id {id}, but the model's vocab_size is {rows}"),
+            "tokenizer and weights seem to belong to different models",
+        ))
     }
 
     /// The ids of a text. `add_special_tokens` adds what the tokenizer puts around a text (often the begin-of-text token);
     /// text rendered by a chat template has these already.
     ///
     /// # Errors
-    /// The tokenizer refuses the text (its vocabulary lacks a symbol and has no unknown token).
+    /// The tokenizer refuses the text (its vocabulary lacks a symbol and has no unknown token); an id that the model lacks.
     pub fn encode(&self, text: &str, add_special_tokens: bool) -> Result<Vec<u32>, HfError> {
         let encoding = self.inner.encode_fast(text, add_special_tokens).map_err(|error| self.refused(error))?;
+        self.check_ids(encoding.get_ids())?;
         Ok(encoding.get_ids().to_vec())
     }
 
@@ -95,6 +121,7 @@ impl Tokenizer {
     pub fn encode_batch(&self, texts: &[&str], add_special_tokens: bool) -> Result<Vec<Vec<u32>>, HfError> {
         let encodings =
             self.inner.encode_batch_fast(texts.to_vec(), add_special_tokens).map_err(|error| self.refused(error))?;
+        encodings.iter().try_for_each(|encoding| self.check_ids(encoding.get_ids()))?;
         Ok(encodings.iter().map(|encoding| encoding.get_ids().to_vec()).collect())
     }
 
@@ -104,6 +131,7 @@ impl Tokenizer {
     /// As [`Tokenizer::encode`].
     pub fn encode_with_offsets(&self, text: &str, add_special_tokens: bool) -> Result<OffsetEncoding, HfError> {
         let encoding = self.inner.encode(text, add_special_tokens).map_err(|error| self.refused(error))?;
+        self.check_ids(encoding.get_ids())?;
         Ok(with_offsets(&encoding))
     }
 
@@ -118,6 +146,7 @@ impl Tokenizer {
     ) -> Result<Vec<OffsetEncoding>, HfError> {
         let encodings =
             self.inner.encode_batch(texts.to_vec(), add_special_tokens).map_err(|error| self.refused(error))?;
+        encodings.iter().try_for_each(|encoding| self.check_ids(encoding.get_ids()))?;
         Ok(encodings.iter().map(with_offsets).collect())
     }
 

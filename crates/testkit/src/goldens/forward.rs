@@ -111,7 +111,9 @@ fn check_texts(case: &Case, model: &Path, checks: &mut Checks) -> Result<(), Sto
 }
 
 fn check_chat(example: &ChatExample, model: &Path, tokenizer: &Tokenizer, checks: &mut Checks) -> Result<(), Stop> {
-    let Some(template) = ChatTemplate::from_folder(model).map_err(failed)? else { return Err(Stop::Failed("the model has no chat template".to_owned())) };
+    let Some(template) = ChatTemplate::from_folder(model).map_err(failed)? else {
+        return Err(Stop::Failed("the model has no chat template".to_owned()));
+    };
     let text = template.render(&example.messages, example.add_generation_prompt).map_err(failed)?;
     checks.equal("chat text", &example.text, &text);
     if let Some(expected) = &example.ids {
@@ -151,7 +153,7 @@ fn check_hidden(
     let mut check = |index: usize, x: &Tensor<2>| {
         if let Some(expected) = tensors.get(&format!("hidden.{index}")) {
             let positions = expected.shape[0];
-            let got = host_values(x.clone().slice([0..positions]));
+            let got = host_values(x.clone().slice(burn::tensor::s![0..positions]));
             checks.largest("hidden states", &expected.data, &got, limit(&expected.data));
         }
     };

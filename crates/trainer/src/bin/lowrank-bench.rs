@@ -60,7 +60,7 @@ enum Command {
 }
 
 fn main() -> anyhow::Result<()> {
-    lowrank_train::device::keep_memory();
+    lowrank_train::device::prepare_process();
     match Cli::parse().command {
         Command::Cpu { model, batch, seq, threads, warmup, steps, checkpointing, device } => {
             rayon::ThreadPoolBuilder::new().num_threads(threads).build_global()?;

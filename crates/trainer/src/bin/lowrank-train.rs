@@ -1,7 +1,7 @@
 //! `lowrank-train`: see `lowrank-train --help`.
 
 fn main() {
-    lowrank_train::device::keep_memory();
+    lowrank_train::device::prepare_process();
     let invocation = lowrank_train::cli::parse();
     lowrank_train::progress::init_logging(invocation.verbose);
     if let Err(error) = lowrank_train::commands::run(invocation.command) {

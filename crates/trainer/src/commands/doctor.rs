@@ -47,7 +47,8 @@ fn advice(name: &str) -> &'static str {
 
 fn report(text: &mut String, description: &str, device: &Device) {
     let types = [("f32", FloatDType::F32), ("bf16", FloatDType::BF16), ("f16", FloatDType::F16)];
-    let able: Vec<&str> = types.iter().filter(|(_, dtype)| device.supports_dtype(*dtype)).map(|(name, _)| *name).collect();
+    let able: Vec<&str> =
+        types.iter().filter(|(_, dtype)| device.supports_dtype(*dtype)).map(|(name, _)| *name).collect();
     let _ = writeln!(text, "{description}: computes in {}", able.join(", "));
     match throughput(device) {
         Ok(rate) => {

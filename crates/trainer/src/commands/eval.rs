@@ -32,7 +32,8 @@ pub fn run(args: &EvalArgs) -> anyhow::Result<()> {
     }
     let session = super::open(&config, &args.model, args.device.device.as_deref(), args.device.dtype)?;
     let cache = data::default_cache_folder();
-    let dataset = data::load("eval", &paths, &config.data, &session.encoder(), cache.as_deref()).map_err(data_problem)?;
+    let dataset =
+        data::load("eval", &paths, &config.data, &session.encoder(), cache.as_deref()).map_err(data_problem)?;
     let evaluation = Evaluation::new(
         Arc::new(dataset),
         LoaderConfig {
@@ -47,7 +48,8 @@ pub fn run(args: &EvalArgs) -> anyhow::Result<()> {
     )
     .map_err(data_problem)?;
     let phase = Phase::start(ProgressStyle::Auto, "loss");
-    let chunk = config.training.head_chunk_tokens.unwrap_or_else(|| default_head_chunk(session.decoder.config.vocab_size));
+    let chunk =
+        config.training.head_chunk_tokens.unwrap_or_else(|| default_head_chunk(session.decoder.config.vocab_size));
     let (loss, tokens) = evaluate::loss(&session.decoder, &evaluation, chunk, |done, total| phase.update(done, total));
     phase.finish();
     let mut result = json!({ "loss": loss, "perplexity": loss.exp(), "tokens": tokens });

@@ -37,12 +37,8 @@ pub fn run(args: &GenerateArgs) -> anyhow::Result<()> {
 /// Answers one prompt: streams to standard output, or adds to `collected` where `--out` is given.
 fn answer(session: &Session, args: &GenerateArgs, prompt: &str, collected: &mut String) -> Result<(), Problem> {
     let ids = encode(session, args, prompt)?;
-    let sampling = Sampling {
-        temperature: args.temperature,
-        top_p: args.top_p,
-        top_k: args.top_k as usize,
-        seed: args.seed,
-    };
+    let sampling =
+        Sampling { temperature: args.temperature, top_p: args.top_p, top_k: args.top_k as usize, seed: args.seed };
     let mut stream = session.tokenizer.decode_stream(true);
     let mut problem = None;
     let emit = |text: &str, collected: &mut String| match args.out.is_some() {

@@ -9,7 +9,7 @@ use crate::checkpoint::{self, Counters};
 use crate::cli::{TrainArgs, VERSION};
 use crate::config::{self, RunConfig};
 use crate::data::{self, Evaluation, Loader, LoaderConfig, LoaderState, Prepared};
-use crate::error::Problem;
+use crate::error::{Kind, Problem};
 use crate::evaluate;
 use crate::metrics::MetricsLog;
 use crate::run_dir::{RunDir, SavedCheckpoint, write_atomically};
@@ -63,7 +63,19 @@ pub fn train(config: &RunConfig) -> anyhow::Result<()> {
     let total_steps = total_steps(config, &loader);
     let stop = on_signals()?;
     let mut run = Run {
-        config, config_text, dir, session, loader, evaluation, questions, optimizer, counters, total_steps, metrics, events, stop,
+        config,
+        config_text,
+        dir,
+        session,
+        loader,
+        evaluation,
+        questions,
+        optimizer,
+        counters,
+        total_steps,
+        metrics,
+        events,
+        stop,
     };
     match run.train()? {
         Outcome::Interrupted => Err(Problem::interrupted(format!(
@@ -85,8 +97,9 @@ fn prepare(config: &RunConfig, session: &Session) -> Result<Prepared, Problem> {
 /// A data error with its hint.
 pub(super) fn data_problem(error: data::DataError) -> Problem {
     let hint = error.hint();
-    let problem = match &error {
-        data::DataError::Config { .. } => Problem::config("the [data] table cannot be used"),
+    let problem = match (&error, error.kind()) {
+        (data::DataError::Config { .. }, _) => Problem::config("the [data] table cannot be used"),
+        (_, Kind::Config) => Problem::config("cannot read the data"),
         _ => Problem::run("cannot read the data"),
     };
     let problem = problem.source(error);

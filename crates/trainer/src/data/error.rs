@@ -1,11 +1,12 @@
 //! What can be wrong with training data.
 
+use std::io::ErrorKind;
 use std::path::PathBuf;
 
 use lowrank_models::hf::HfError;
 
 use super::record::BadRecord;
-use crate::error::Problem;
+use crate::error::{Kind, Problem};
 
 /// An error of reading, tokenising or loading data. [`Problem::from`] adds the hint and the exit code.
 #[derive(Debug, thiserror::Error)]
@@ -64,12 +65,24 @@ pub enum DataError {
 }
 
 impl DataError {
+    /// Who has to act: a wrong setting and a file that is not there are faults of the configuration, damaged contents are not.
+    pub fn kind(&self) -> Kind {
+        match self {
+            DataError::Config { .. } => Kind::Config,
+            DataError::Io { source, .. } if matches!(source.kind(), ErrorKind::NotFound | ErrorKind::IsADirectory) => {
+                Kind::Config
+            }
+            _ => Kind::Run,
+        }
+    }
+
     /// What the user can do about it.
     pub fn hint(&self) -> Option<String> {
         let hint = match self {
-            DataError::Io { source, .. } if source.kind() == std::io::ErrorKind::NotFound => {
+            DataError::Io { source, .. } if source.kind() == ErrorKind::NotFound => {
                 "relative paths start at the folder the program was started in"
             }
+            DataError::Io { source, .. } if source.kind() == ErrorKind::IsADirectory => "list the files of the folder",
             DataError::File { hint, .. } => hint.as_str(),
             DataError::Record { bad, .. } if bad.hint.is_empty() => {
                 "repair the record, or set on_bad_record = \"skip\" to leave such records out"
@@ -90,8 +103,8 @@ impl DataError {
 impl From<DataError> for Problem {
     fn from(error: DataError) -> Self {
         let what = error.to_string();
-        let problem = match error {
-            DataError::Config { .. } => Problem::config(what),
+        let problem = match error.kind() {
+            Kind::Config => Problem::config(what),
             _ => Problem::run(what),
         };
         match error.hint() {

@@ -121,8 +121,11 @@ impl RunDir {
     pub(super) fn clean_up(&self) -> Result<(), Problem> {
         let mut entries = entries_of(&self.checkpoints_dir())?;
         entries.extend(entries_of(self.root())?.into_iter().filter(|(name, _)| name.starts_with(TEMPORARY)));
+        for folder in [self.adapter_dir(), self.model_dir()] {
+            entries.extend(entries_of(&folder)?.into_iter().filter(|(name, _)| is_half_a_result(name)));
+        }
         for (name, path) in entries {
-            let result = if name.starts_with(TEMPORARY) {
+            let result = if name.starts_with(TEMPORARY) || is_half_a_result(&name) {
                 remove(&path)
             } else if let Some(step) = name.strip_prefix(REPLACED) {
                 let successor = self.checkpoints_dir().join(step);
@@ -134,6 +137,11 @@ impl RunDir {
         }
         Ok(())
     }
+}
+
+/// Whether a file has the name that [`lowrank_models::hf::write`] gives it until it is whole.
+fn is_half_a_result(name: &str) -> bool {
+    name.starts_with('.') && name.ends_with(".tmp")
 }
 
 /// Name and path of everything in a folder; nothing if there is no such folder.

@@ -111,10 +111,15 @@ fn leftovers_of_a_killed_process_are_removed_at_the_next_start() {
     fs::rename(checkpoints.join("step-30"), checkpoints.join(".replaced-step-30")).unwrap();
     // Killed after them: the old folder goes.
     fs::create_dir_all(checkpoints.join(".replaced-step-10")).unwrap();
+    // Killed while the result was written.
+    fs::create_dir_all(run.adapter_dir()).unwrap();
+    fs::write(run.adapter_dir().join(".adapter_model.safetensors.999-0.tmp"), "half").unwrap();
+    fs::write(run.adapter_dir().join("adapter_config.json"), "{}").unwrap();
     drop(run);
     let run = open(&folder, &RESUME).unwrap();
     assert_eq!((steps(&run), latest(&run)), (vec![10, 30], Some(30)));
     assert_eq!(fs::read_dir(&checkpoints).unwrap().count(), 2);
+    assert_eq!(fs::read_dir(run.adapter_dir()).unwrap().count(), 1);
 }
 
 #[test]
