@@ -44,6 +44,7 @@ pub fn generate(
     if longest == 0 || max_new_tokens == 0 {
         return out;
     }
+    let max_new_tokens = max_new_tokens.min(decoder.config.max_position_embeddings);
     let mut caches = decoder.caches(prompts.len(), longest + max_new_tokens);
     let mut open = vec![true; prompts.len()];
     let mut batch = prompt_batch(prompts, longest);

@@ -190,7 +190,7 @@ pub struct GenerateArgs {
     /// Text of a system message before the prompt
     #[arg(long, value_name = "TEXT", conflicts_with = "raw")]
     pub system: Option<String>,
-    /// Longest answer, in tokens
+    /// Longest answer, in tokens; never more than the model's context
     #[arg(long, value_name = "N", default_value_t = 256, value_parser = clap::value_parser!(u64).range(1..))]
     pub max_new_tokens: u64,
     /// Randomness of the choice; 0 always takes the most likely token

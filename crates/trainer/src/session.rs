@@ -60,7 +60,9 @@ impl Session {
         let chat =
             ChatTemplate::from_folder(&folder).map_err(|error| run_problem("cannot load the chat template", error))?;
         let decoder = load_model(&folder, compute, &device, style)?;
-        let tokenizer = tokenizer.for_model(decoder.config.vocab_size);
+        let tokenizer = tokenizer
+            .for_model(decoder.config.vocab_size)
+            .map_err(|error| run_problem("the tokenizer does not fit the model", error))?;
         Ok(Self { device, folder, decoder, tokenizer, chat, adapter: None })
     }
 

@@ -23,7 +23,7 @@ fn loss_and_gradient_are_those_of_the_reference() {
             let what = format!("{n} {vocab} {view:?} softcap {softcap}");
             assert_same_gradients(
                 &what,
-                &[logits.clone()],
+                std::slice::from_ref(&logits),
                 &dy,
                 F32,
                 |x| Tape::cross_entropy(x[0].clone(), Tape::int_from_inner(targets.clone()), softcap).0,

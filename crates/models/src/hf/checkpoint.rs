@@ -377,7 +377,10 @@ fn bad_header(path: &Path, bytes: &[u8], error: &SafeTensorError) -> HfError {
         SafeTensorError::InvalidOffset(name) => {
             format!("tensor `{name}`: its offsets overlap another tensor, leave a gap, or run backwards")
         }
-        SafeTensorError::ValidationOverflow => "a tensor's shape is larger than memory can be".to_string(),
+        SafeTensorError::ValidationOverflow => match header_entries(bytes).iter().max_by_key(|entry| entry.elements) {
+            Some(entry) => format!("tensor `{}`: its shape is larger than memory can be", entry.name),
+            None => "a tensor's shape is larger than memory can be".to_string(),
+        },
         SafeTensorError::InvalidHeader(error) => format!("the header is not text: {error}"),
         SafeTensorError::InvalidHeaderDeserialization(error) => format!("the header is not valid: {error}"),
         other => other.to_string(),
@@ -418,7 +421,7 @@ fn header_entries(bytes: &[u8]) -> Vec<HeaderEntry> {
             elements: info["shape"]
                 .as_array()?
                 .iter()
-                .try_fold(1u64, |product, extent| product.checked_mul(extent.as_u64()?))?,
+                .try_fold(1u64, |product, extent| Some(product.saturating_mul(extent.as_u64()?)))?,
             start: info["data_offsets"][0].as_u64()?,
             end: info["data_offsets"][1].as_u64()?,
         })

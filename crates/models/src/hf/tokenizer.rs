@@ -82,13 +82,17 @@ impl Tokenizer {
 
     /// This tokenizer for a model with embeddings for the ids below `rows`. Some models lack those of a few added tokens, which
     /// is harmless until a text holds one of them: such a text is refused.
-    pub fn for_model(mut self, rows: usize) -> Self {
+    ///
+    /// # Errors
+    /// The model lacks an end-of-text token.
+    pub fn for_model(mut self, rows: usize) -> Result<Self, HfError> {
         if self.vocab_size > rows {
             self.rows = Some(rows);
             self.special.pad = self.special.pad.filter(|&id| (id as usize) < rows);
             self.fingerprint = format!("{}, ids below {rows}", self.fingerprint);
         }
-        self
+        self.check_ids(&self.special.eos)?;
+        Ok(self)
     }
 
     /// Refuses ids that the model does not know.

@@ -167,6 +167,8 @@ fn check_training(training: &TrainingConfig, purpose: Purpose, found: &mut Findi
     }
     check_at_least_one("training.micro_batch_size", training.micro_batch_size as u64, found);
     check_at_least_one("training.gradient_accumulation_steps", training.gradient_accumulation_steps as u64, found);
+    check_at_most("training.micro_batch_size", training.micro_batch_size, 1 << 16, found);
+    check_at_most("training.gradient_accumulation_steps", training.gradient_accumulation_steps, 1 << 20, found);
     check_schedule(training, found);
     check_not_negative("training.max_grad_norm", training.max_grad_norm, found);
     for (key, value) in [
@@ -222,6 +224,11 @@ fn check_evaluation(evaluation: &EvaluationConfig, found: &mut Findings) {
 
 fn check_at_least_one(key: &str, value: u64, found: &mut Findings) {
     found.require(value >= 1, || format!("{key} is {value}, must be at least 1"));
+}
+
+/// Far above anything useful, and low enough that the lists of one step can be made.
+fn check_at_most(key: &str, value: usize, most: usize, found: &mut Findings) {
+    found.require(value <= most, || format!("{key} is {value}, must be at most {most}"));
 }
 
 fn check_positive(key: &str, value: f64, found: &mut Findings) {

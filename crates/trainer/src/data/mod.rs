@@ -40,6 +40,9 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
+/// Largest `max_seq_length`: far above anything useful, and low enough that a row can be made.
+const LONGEST_ROW: usize = 1 << 20;
+
 /// The `[data]` table of a run.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -160,6 +163,12 @@ impl DataConfig {
         let mut problems = Vec::new();
         if self.max_seq_length < 4 {
             problems.push(("max_seq_length", format!("is {}, must be at least 4", self.max_seq_length)));
+        }
+        if self.max_seq_length > LONGEST_ROW {
+            problems.push((
+                "max_seq_length",
+                format!("is {}, must be at most {LONGEST_ROW}", self.max_seq_length),
+            ));
         }
         if self.pad_to_multiple_of == 0 {
             problems.push((

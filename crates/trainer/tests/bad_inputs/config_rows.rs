@@ -98,6 +98,19 @@ pub(crate) const ROWS: &[Row] = &[
         place.config("max_seq_length = 32", "max_seq_length = 1");
     }),
     train(
+        "sizes beyond reason",
+        2,
+        &[
+            "data.max_seq_length is 1000000000000, must be at most 1048576",
+            "training.micro_batch_size is 1000000000000, must be at most 65536",
+            "training.gradient_accumulation_steps is 1000000000000, must be at most 1048576",
+        ],
+        |place| {
+            place.config("max_seq_length = 32", "max_seq_length = 1000000000000");
+            place.config("max_steps = 1", "max_steps = 1\nmicro_batch_size = 1000000000000\ngradient_accumulation_steps = 1000000000000");
+        },
+    ),
+    train(
         "unknown number format",
         2,
         &["`dtype`: unknown value \"f64\"", "hint: valid values here: f32, bf16, f16"],

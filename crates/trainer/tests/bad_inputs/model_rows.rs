@@ -266,6 +266,9 @@ pub(crate) const ROWS: &[Row] = &[
             }
         });
     }),
+    train("weights that are no numbers", 1, &["step 1: the loss is NaN", "data.jsonl:", "there is no checkpoint yet", "hint: "], |place| {
+        place.tensors(FILE, |_, data| data[..4096].fill(0xff));
+    }),
     train("broken chat template", 1, &["chat_template.jinja", "hint: "], |place| {
         place.write("model/chat_template.jinja", "{% for message in messages %}{{ message.content }");
         place.write("data.jsonl", "{\"messages\": [{\"role\": \"user\", \"content\": \"a\"}, {\"role\": \"assistant\", \"content\": \"b\"}]}\n");
