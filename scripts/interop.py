@@ -63,8 +63,10 @@ def require_close(what, ours, theirs, tolerance):
     if ours.shape != theirs.shape:
         raise Failure(f"{what}: shape {tuple(ours.shape)}, expected {tuple(theirs.shape)}")
     worst = float((ours - theirs).abs().max())
-    if not worst <= tolerance:
-        raise Failure(f"{what}: differ by {worst:.2e}, allowed {tolerance:.0e}")
+    # f32 rounding grows with the numbers: two attention kernels of torch differ by 2e-6 of the largest logit on SmolLM2, and each by 3e-6 from f64
+    allowed = max(tolerance, 5e-6 * theirs.abs().max().item())
+    if not worst <= allowed:
+        raise Failure(f"{what}: differ by {worst:.2e}, allowed {allowed:.0e}")
     return worst
 
 

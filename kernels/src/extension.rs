@@ -36,7 +36,7 @@ impl<B: Backend> Maybe<B> {
 /// The backend trait behind the functions of this crate. Shapes and equations are documented there.
 #[backend_extension(Flex: cfg(feature = "flex"), Cube: cfg(feature = "gpu"), Fusion: cfg(feature = "gpu"), Autodiff)]
 pub trait LowRankOps: Backend {
-    /// See [`crate::gemm`].
+    /// `alpha a b + c`: the product everything else is built from. Shapes `[m, k]`, `[k, n]`, `[m, n]`.
     #[fusion(default)]
     fn gemm(
         a: FloatTensor<Self>,

@@ -28,7 +28,8 @@ impl Default for Sampling {
     }
 }
 
-/// Generates up to `max_new_tokens` after each prompt, stopping a sequence at any of `stop` (which is not returned).
+/// Generates up to `max_new_tokens` (but no more than the model has positions) after each prompt, stopping a sequence at any of
+/// `stop` (which is not returned).
 ///
 /// `on_token(sequence, id)` is called as tokens appear; returning `false` ends the whole generation.
 pub fn generate(

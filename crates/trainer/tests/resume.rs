@@ -244,7 +244,7 @@ fn killed_ten_times_gives_the_same_bits() {
     assert_eq!(scene.checkpoints("killed").last(), Some(&(STEPS as u64)));
 }
 
-/// Whether a checkpoint is written or deleted right now, or was when its process died.
+/// Whether a checkpoint is being written right now, or was when its process died.
 fn is_being_written(checkpoints: &Path) -> bool {
     let Ok(entries) = fs::read_dir(checkpoints) else { return false };
     entries.flatten().any(|entry| entry.file_name().to_string_lossy().starts_with(".tmp-step-"))

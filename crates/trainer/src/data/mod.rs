@@ -165,10 +165,7 @@ impl DataConfig {
             problems.push(("max_seq_length", format!("is {}, must be at least 4", self.max_seq_length)));
         }
         if self.max_seq_length > LONGEST_ROW {
-            problems.push((
-                "max_seq_length",
-                format!("is {}, must be at most {LONGEST_ROW}", self.max_seq_length),
-            ));
+            problems.push(("max_seq_length", format!("is {}, must be at most {LONGEST_ROW}", self.max_seq_length)));
         }
         if self.pad_to_multiple_of == 0 {
             problems.push((

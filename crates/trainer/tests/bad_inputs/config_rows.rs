@@ -107,7 +107,10 @@ pub(crate) const ROWS: &[Row] = &[
         ],
         |place| {
             place.config("max_seq_length = 32", "max_seq_length = 1000000000000");
-            place.config("max_steps = 1", "max_steps = 1\nmicro_batch_size = 1000000000000\ngradient_accumulation_steps = 1000000000000");
+            place.config(
+                "max_steps = 1",
+                "max_steps = 1\nmicro_batch_size = 1000000000000\ngradient_accumulation_steps = 1000000000000",
+            );
         },
     ),
     train(

@@ -248,27 +248,37 @@ pub(crate) const ROWS: &[Row] = &[
     train("tokenizer of an unknown kind", 1, &["model/tokenizer.json: not a usable tokenizer", "hint: "], |place| {
         place.write("model/tokenizer.json", "{\"version\": \"1.0\", \"model\": {\"type\": \"Odd\"}}");
     }),
-    train("tokenizer with more words than the model", 1, &["model/tokenizer.json", "but the model's vocab_size is 16", "hint: "], |place| {
-        model_config(place, "vocab_size", json!(16));
-        place.tensors(FILE, |header, data| {
-            // The two tables come first in the file; only the beginning of each stays.
-            let rest = header["model.embed_tokens.weight"]["data_offsets"][1].as_u64().unwrap();
-            let mut kept = data[..2 * TABLE].to_vec();
-            kept.extend(&data[rest as usize..]);
-            *data = kept;
-            for tensor in header.values_mut().filter(|tensor| tensor.get("data_offsets").is_some()) {
-                let span = [0, 1].map(|end| tensor["data_offsets"][end].as_u64().unwrap());
-                tensor["data_offsets"] = json!(span.map(|at| (at + 2 * TABLE as u64).saturating_sub(rest)));
-            }
-            for (index, name) in ["lm_head.weight", "model.embed_tokens.weight"].into_iter().enumerate() {
-                header[name]["shape"] = json!([16, 64]);
-                header[name]["data_offsets"] = json!([index * TABLE, (index + 1) * TABLE]);
-            }
-        });
-    }),
-    train("weights that are no numbers", 1, &["step 1: the loss is NaN", "data.jsonl:", "there is no checkpoint yet", "hint: "], |place| {
-        place.tensors(FILE, |_, data| data[..4096].fill(0xff));
-    }),
+    train(
+        "tokenizer with more words than the model",
+        1,
+        &["model/tokenizer.json", "but the model's vocab_size is 16", "hint: "],
+        |place| {
+            model_config(place, "vocab_size", json!(16));
+            place.tensors(FILE, |header, data| {
+                // The two tables come first in the file; only the beginning of each stays.
+                let rest = header["model.embed_tokens.weight"]["data_offsets"][1].as_u64().unwrap();
+                let mut kept = data[..2 * TABLE].to_vec();
+                kept.extend(&data[rest as usize..]);
+                *data = kept;
+                for tensor in header.values_mut().filter(|tensor| tensor.get("data_offsets").is_some()) {
+                    let span = [0, 1].map(|end| tensor["data_offsets"][end].as_u64().unwrap());
+                    tensor["data_offsets"] = json!(span.map(|at| (at + 2 * TABLE as u64).saturating_sub(rest)));
+                }
+                for (index, name) in ["lm_head.weight", "model.embed_tokens.weight"].into_iter().enumerate() {
+                    header[name]["shape"] = json!([16, 64]);
+                    header[name]["data_offsets"] = json!([index * TABLE, (index + 1) * TABLE]);
+                }
+            });
+        },
+    ),
+    train(
+        "weights that are no numbers",
+        1,
+        &["step 1: the loss is NaN", "data.jsonl:", "there is no checkpoint yet", "hint: "],
+        |place| {
+            place.tensors(FILE, |_, data| data[..4096].fill(0xff));
+        },
+    ),
     train("broken chat template", 1, &["chat_template.jinja", "hint: "], |place| {
         place.write("model/chat_template.jinja", "{% for message in messages %}{{ message.content }");
         place.write("data.jsonl", "{\"messages\": [{\"role\": \"user\", \"content\": \"a\"}, {\"role\": \"assistant\", \"content\": \"b\"}]}\n");
