@@ -217,7 +217,8 @@ impl Run<'_> {
             }
             let is_done = is_last || self.stops_early();
             let interrupted = self.stop.load(Ordering::Relaxed);
-            if is_done || interrupted || due(Some(self.config.training.save_steps)) {
+            let is_best = self.counters.best.is_some_and(|(_, best)| best == step);
+            if is_done || interrupted || is_best || due(Some(self.config.training.save_steps)) {
                 self.save()?;
             }
             if interrupted && !is_done {

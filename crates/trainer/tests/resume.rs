@@ -258,7 +258,7 @@ fn lines_of(path: &Path) -> usize {
 fn a_termination_signal_ends_with_130_and_a_checkpoint() {
     let steps = "training.max_steps=100";
     // Only the signal writes a checkpoint before the end.
-    let sets = [steps, "training.save_steps=1000"];
+    let sets = [steps, "training.save_steps=1000", "training.eval_steps=1000"];
     let scene = Scene::new(LORA);
     scene.finish("whole", &sets);
     let mut child = scene.start("stopped", &sets);

@@ -280,7 +280,8 @@ pub struct TrainingConfig {
     pub eval_steps: Option<u64>,
     /// Evaluate before the first step too. Default false.
     pub eval_at_start: bool,
-    /// Write a checkpoint after every so many steps. Default 500. One is always written at the end and on interruption.
+    /// Write a checkpoint after every so many steps. Default 500. One is always written at the end, on interruption and
+    /// after an evaluation with a new lowest loss.
     pub save_steps: u64,
     /// Checkpoints to keep: the newest, and the best one if that is another. Default: all.
     #[serde(skip_serializing_if = "Option::is_none")]
