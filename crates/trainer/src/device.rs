@@ -140,6 +140,14 @@ pub fn compute_type(dtype: Dtype, chosen: &ChosenDevice) -> Result<FloatDType, P
         .hint("use dtype = \"f32\", or another device"))
 }
 
+/// Which implementation of the kernels a device runs, for the log.
+pub fn kernels(description: &str) -> &'static str {
+    match description.starts_with("cpu") {
+        true => "the CPU's own loops",
+        false => "plain tensor operations (this version has no kernels of its own for graphics cards)",
+    }
+}
+
 /// Settings of the process. To be called first, before any other thread exists.
 ///
 /// Graphics drivers print an error for a missing XDG_RUNTIME_DIR although nothing is shown on a screen: it is pointed at the

@@ -119,7 +119,7 @@ impl JsonStyle {
     }
 }
 
-/// Every character beyond ASCII as `\uXXXX`, in two halves where it needs them.
+/// Every character beyond ASCII as JSON's escape of four hexadecimal digits, in two halves where it needs them.
 fn ascii_only(text: &str) -> String {
     let mut out = String::new();
     for c in text.chars() {

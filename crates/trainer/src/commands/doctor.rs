@@ -33,6 +33,11 @@ pub fn run(args: &DoctorArgs) -> anyhow::Result<()> {
             let _ = writeln!(text, "\ndevice = \"auto\" takes {}", device::choose("auto")?.description);
         }
     }
+    for (kind, methods) in [("adapter", lowrank_core::adapters::METHODS), ("optimizer", lowrank_core::optim::METHODS)] {
+        for (name, paper, _) in methods {
+            let _ = writeln!(text, "[{kind}.{name}] {paper}");
+        }
+    }
     Ok(super::deliver(&text, None)?)
 }
 

@@ -112,6 +112,7 @@ pub(super) fn data_problem(error: data::DataError) -> Problem {
 /// Shows what will be run before step 0.
 fn announce(config: &RunConfig, session: &Session, config_text: &str) {
     tracing::info!("lowrank-train {VERSION}, device {}, seed {}", session.device.description, config.seed);
+    tracing::info!("kernels: {}", crate::device::kernels(&session.device.description));
     for line in config_text.lines().filter(|line| !line.starts_with('#') && !line.is_empty()) {
         tracing::info!("  {line}");
     }
