@@ -1,7 +1,7 @@
 //! The functions of the crate: one door per operation, on Burn's tensors of any backend.
 
 use burn::backend::Dispatch;
-use burn::tensor::{Gradients, Int, Tensor};
+use burn::tensor::{FloatDType, Gradients, Int, Tensor};
 
 pub use crate::adamw::AdamW;
 pub use crate::gated::Activation;
@@ -17,6 +17,66 @@ use crate::{LowRankOps, Maybe};
 pub fn linear(x: Tensor<2>, w: Tensor<2>, bias: Option<Tensor<1>>) -> Tensor<2> {
     let bias = Maybe::from_option(bias.map(Tensor::into_dispatch));
     Tensor::from_dispatch(Dispatch::dense_linear(x.into_dispatch(), w.into_dispatch(), bias))
+}
+
+/// `alpha a b + c`; on the CPU transposed views are not copied, and `c` is changed in place where nothing else holds it.
+/// No gradient flows through it.
+///
+/// # Shapes
+/// `a [m, k]`, `b [k, n]`, `c [m, n]`.
+///
+/// # Panics
+/// As Burn does, where sizes or element types differ.
+pub fn gemm(a: Tensor<2>, b: Tensor<2>, c: Option<Tensor<2>>, alpha: f32) -> Tensor<2> {
+    let c = Maybe::from_option(c.map(Tensor::into_dispatch));
+    Tensor::from_dispatch(Dispatch::gemm(a.into_dispatch(), b.into_dispatch(), c, alpha))
+}
+
+/// `y = x w + bias`, where a trained `w` gets the gradient `left^T dW right`, formed without `dW`.
+///
+/// # Shapes
+/// `x [t, m]`, `w [m, n]`, `bias [n]`, `left [m, r]`, `right [n, q]`; `y [t, n]`. The gradient of `w` is `[r, n]`, `[m, q]` or
+/// `[r, q]`, whichever sides are given.
+///
+/// # Panics
+/// As Burn does, where sizes or element types differ.
+pub fn projected_linear(
+    x: Tensor<2>,
+    w: Tensor<2>,
+    bias: Option<Tensor<1>>,
+    left: Option<Tensor<2>>,
+    right: Option<Tensor<2>>,
+) -> Tensor<2> {
+    Tensor::from_dispatch(Dispatch::projected_linear(
+        x.into_dispatch(),
+        w.into_dispatch(),
+        Maybe::from_option(bias.map(Tensor::into_dispatch)),
+        Maybe::from_option(left.map(Tensor::into_dispatch)),
+        Maybe::from_option(right.map(Tensor::into_dispatch)),
+    ))
+}
+
+/// `y = x w + bias`, where the two factors of `dW = x^T dy` become the gradients of the placeholders, and `w` gets none.
+///
+/// # Shapes
+/// `x [t, m]`, `w [m, n]`, `bias [n]`, placeholders of any shape; the gradient of `x_slot` is `x`, that of `dy_slot` `[t, n]`.
+///
+/// # Panics
+/// As Burn does, where sizes or element types differ.
+pub fn factored_linear(
+    x: Tensor<2>,
+    w: Tensor<2>,
+    bias: Option<Tensor<1>>,
+    x_slot: Tensor<2>,
+    dy_slot: Tensor<2>,
+) -> Tensor<2> {
+    Tensor::from_dispatch(Dispatch::factored_linear(
+        x.into_dispatch(),
+        w.into_dispatch(),
+        Maybe::from_option(bias.map(Tensor::into_dispatch)),
+        x_slot.into_dispatch(),
+        dy_slot.into_dispatch(),
+    ))
 }
 
 /// `y = x w + bias + scale (mask * x) down up`; `w` never gets a gradient, and no dense delta exists.
@@ -136,6 +196,11 @@ pub fn adamw(
         rule,
     );
     (Tensor::from_dispatch(p), Tensor::from_dispatch(m), Tensor::from_dispatch(v))
+}
+
+/// `x` in another float type, rounded up or down at random so that the mean is kept.
+pub fn stochastic_round(x: Tensor<2>, dtype: FloatDType, seed: u64) -> Tensor<2> {
+    Tensor::from_dispatch(Dispatch::stochastic_round(x.into_dispatch(), dtype, seed))
 }
 
 /// The sum of the squares of all values, `[1]`.

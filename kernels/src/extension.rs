@@ -6,8 +6,13 @@
 
 use burn::backend::{Backend, ExtensionType, backend_extension, tensor::FloatTensor, tensor::IntTensor};
 
+use burn::tensor::FloatDType;
+
 use crate::gated::Activation;
-use crate::{adamw, attention, cross_entropy, gated, gemm, linear, lowrank_linear, reduce, rms_norm, rotary};
+use crate::{
+    adamw, attention, cross_entropy, gated, gemm, linear, lowrank_linear, projected_linear, reduce, rms_norm, rotary,
+    stochastic_round,
+};
 
 /// An optional float tensor in the signature of an operation.
 #[derive(ExtensionType)]
@@ -69,6 +74,30 @@ pub trait LowRankOps: Backend {
         scale: f32,
     ) -> FloatTensor<Self> {
         lowrank_linear::forward::<Self>(x, w, bias.option(), mask.option(), down, up, scale).0
+    }
+
+    /// See [`crate::projected_linear`].
+    #[fusion(default)]
+    fn projected_linear(
+        x: FloatTensor<Self>,
+        w: FloatTensor<Self>,
+        #[extension_type] bias: Maybe<Self>,
+        #[extension_type] _left: Maybe<Self>,
+        #[extension_type] _right: Maybe<Self>,
+    ) -> FloatTensor<Self> {
+        linear::forward::<Self>(x, w, bias.option())
+    }
+
+    /// See [`crate::factored_linear`].
+    #[fusion(default)]
+    fn factored_linear(
+        x: FloatTensor<Self>,
+        w: FloatTensor<Self>,
+        #[extension_type] bias: Maybe<Self>,
+        _x_slot: FloatTensor<Self>,
+        _dy_slot: FloatTensor<Self>,
+    ) -> FloatTensor<Self> {
+        linear::forward::<Self>(x, w, bias.option())
     }
 
     /// See [`crate::rms_norm`].
@@ -169,6 +198,12 @@ pub trait LowRankOps: Backend {
         adamw::reference::<Self>(parameter, first, second, gradient, rule)
     }
 
+    /// See [`crate::stochastic_round`].
+    #[fusion(default)]
+    fn stochastic_round(x: FloatTensor<Self>, dtype: FloatDType, seed: u64) -> FloatTensor<Self> {
+        stochastic_round::reference::<Self>(x, dtype, seed)
+    }
+
     /// See [`crate::sum_squares`].
     #[fusion(default)]
     fn sum_squares(x: FloatTensor<Self>) -> FloatTensor<Self> {
@@ -227,6 +262,9 @@ mod flex {
         fn adamw(parameter: T, first: T, second: T, gradient: T, rule: adamw::AdamW) -> (T, T, T) {
             adamw::cpu(parameter, first, second, gradient, rule)
         }
+        fn stochastic_round(x: T, dtype: FloatDType, seed: u64) -> T {
+            stochastic_round::cpu(x, dtype, seed)
+        }
         fn sum_squares(x: T) -> T {
             reduce::cpu(x)
         }
@@ -252,6 +290,24 @@ mod autodiff {
             scale: f32,
         ) -> FloatTensor<Self> {
             lowrank_linear::autodiff::<B, C>(x, w, bias.option(), mask.option(), down, up, scale)
+        }
+        fn projected_linear(
+            x: FloatTensor<Self>,
+            w: FloatTensor<Self>,
+            bias: Maybe<Self>,
+            left: Maybe<Self>,
+            right: Maybe<Self>,
+        ) -> FloatTensor<Self> {
+            projected_linear::autodiff::<B, C>(x, w, bias.option(), left.option(), right.option())
+        }
+        fn factored_linear(
+            x: FloatTensor<Self>,
+            w: FloatTensor<Self>,
+            bias: Maybe<Self>,
+            x_slot: FloatTensor<Self>,
+            dy_slot: FloatTensor<Self>,
+        ) -> FloatTensor<Self> {
+            projected_linear::factored::<B, C>(x, w, bias.option(), x_slot, dy_slot)
         }
         fn rms_norm(x: FloatTensor<Self>, gamma: FloatTensor<Self>, eps: f32, offset: f32) -> FloatTensor<Self> {
             rms_norm::autodiff::<B, C>(x, gamma, eps, offset)

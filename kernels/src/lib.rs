@@ -4,12 +4,15 @@
 //! | --- | --- | --- | --- | --- |
 //! | [`linear`] | `x W + b`, no `dW` for a frozen W | arithmetic | yes | gemm |
 //! | [`lowrank_linear`] | `x W + b + s (D(x) A) B` | arithmetic | yes | gemm, delta accumulated in place |
+//! | [`projected_linear`] | `x W + b` with `P^T dW Q` as the gradient of W | arithmetic | yes | gemm |
+//! | [`factored_linear`] | `x W + b` that hands over `x` and `dy` instead of `dW` | arithmetic | yes | gemm |
 //! | [`rms_norm`] | RMS normalisation | memory | yes | one pass |
 //! | [`rotary`] | rotary embedding | memory | yes | one pass |
 //! | [`attention`] | softmax attention over key ranges | arithmetic | yes | tiles, log-sum-exp saved |
 //! | [`gated`] | SwiGLU, GeGLU | memory | yes | one pass |
 //! | [`cross_entropy`] | loss and gradient of a chunk of logits | memory | yes | in place |
 //! | [`adamw`] | optimiser step | memory | yes | in place |
+//! | [`stochastic_round`] | f32 to 16 bits, mean kept | memory | yes | one pass |
 //! | [`sum_squares`] | for gradient norms | memory | yes | one pass |
 //!
 //! Every operation is a method of [`LowRankOps`] with a default body in plain tensor operations (the reference, used on GPUs) and
@@ -28,9 +31,11 @@ mod gated;
 mod gemm;
 mod linear;
 mod lowrank_linear;
+mod projected_linear;
 mod reduce;
 mod rms_norm;
 mod rotary;
+mod stochastic_round;
 
 pub use api::*;
 pub use extension::{LowRankOps, Maybe};

@@ -14,9 +14,11 @@ mod gemm;
 mod linear;
 mod lowrank_linear;
 mod precision;
+mod projected_linear;
 mod reduce;
 mod rms_norm;
 mod rotary;
+mod stochastic_round;
 mod threads;
 
 use burn::backend::ops::FloatTensorOps;
