@@ -3,15 +3,29 @@
 #
 #   scripts/bench.sh cpu        SmolLM2-135M, LoRA r=16 on all linear layers, 2 x 256 tokens, f32, 2 threads,
 #                               median of 8 steps after 2, against peft
+#   scripts/bench.sh galore     LLaMA shapes with random weights, rank hidden / 4, gap 200, 8 x 256 tokens, f32, 2 threads,
+#                               median of 5 steps after 2: full AdamW and GaLore, projected and exact, against galore-torch
+#                               and torch; with what the flops of each method predict
 #
-# ROUNDS (3) runs of each program; STEPS (8), WARMUP (2), THREADS (2); MODEL (models/smollm2-135m-instruct);
-# PEERS_PYTHON: a Python with torch, transformers and peft (else .venv-peers is made, which takes about 6 GB).
+# ROUNDS (3) runs of each program; STEPS (8; galore 5), WARMUP (2), THREADS (2);
+# PEERS_PYTHON: a Python with torch, transformers and peft (else .venv-peers is made, which takes about 6 GB); galore also
+# needs galore-torch, without its dependencies; LOWRANK_BENCH: a built lowrank-bench (else it is built).
+# cpu: MODEL (models/smollm2-135m-instruct).
+# galore: SHAPE (llama-130m), a folder in configs/pretrain/models; SEQ (256) and TOKENS (2048) of a step: SEQ=2048 is one
+# sequence; RANK; DEVICE (cpu): ours runs there, the peers on cuda if that is asked for and their torch has it, else on the
+# CPU; PROGRAMS (full input std exact galore-torch torch): which, in this order.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-model=${MODEL:-models/smollm2-135m-instruct}
 threads=${THREADS:-2}
-sizes=(--batch 2 --seq 256 --threads "$threads" --warmup "${WARMUP:-2}" --steps "${STEPS:-8}")
+warmup=${WARMUP:-2}
+rounds=${ROUNDS:-3}
 
+usage() {
+    sed -n '2,/^set /s/^# \{0,1\}//p' "$0"
+    exit 2
+}
+
+# A Python for the peers.
 peers_python() {
     local python=${PEERS_PYTHON:-.venv-peers/bin/python}
     if ! "$python" -c 'import torch, transformers, peft' 2>/dev/null; then
@@ -24,30 +38,113 @@ peers_python() {
     echo "$python"
 }
 
-bench_cpu() {
-    local python binary results round log
-    [ -f "$model/config.json" ] || { echo "error: no checkpoint in $model; run scripts/quickstart.sh first" >&2; exit 2; }
-    python=$(peers_python)
-    cargo build --release --locked --workspace --bins
-    binary=${CARGO_TARGET_DIR:-target}/release/lowrank-bench
+# Adds galore-torch to .venv-peers, without bitsandbytes, which only its 8-bit optimiser uses.
+need_galore_torch() {
+    "$1" -c 'from importlib.metadata import version; version("galore-torch")' 2>/dev/null && return
+    if [ "$1" != .venv-peers/bin/python ]; then
+        echo "error: no galore-torch in $1: $1 -m pip install --no-deps galore-torch==1.0" >&2
+        exit 2
+    fi
+    "$1" -m pip install -q --no-deps galore-torch==1.0 >&2
+}
+
+# Sets `binary`; arguments go to cargo.
+build() {
+    binary=${LOWRANK_BENCH:-}
+    if [ -z "$binary" ]; then
+        cargo build --release --locked --workspace --bins "$@"
+        binary=${CARGO_TARGET_DIR:-target}/release/lowrank-bench
+    fi
+}
+
+# Sets `results` and `log`, which go away at the end, and warns on a busy machine.
+prepare() {
     results=$(mktemp) log=$(mktemp)
     # shellcheck disable=SC2064
     trap "rm -f '$results' '$log'" EXIT
     export RAYON_NUM_THREADS=$threads
     awk '$1 > 0.5 { print "warning: load " $1 ": other programs run, and a busy machine distorts the ratios" }' /proc/loadavg >&2
-    for ((round = 1; round <= ${ROUNDS:-3}; round++)); do
-        echo "round $round of ${ROUNDS:-3}, load $(cut -d' ' -f1 /proc/loadavg)" >&2
-        "$python" scripts/bench/peer_cpu.py "$model" "${sizes[@]}" 2>"$log" | tee -a "$results" >&2 || { cat "$log" >&2; exit 1; }
-        "$binary" cpu --model "$model" "${sizes[@]}" --checkpointing none | tee -a "$results" >&2
-        "$binary" cpu --model "$model" "${sizes[@]}" --checkpointing block | tee -a "$results" >&2
+}
+
+# Runs one program of ours: its line goes to the results and to the terminal.
+ours() {
+    "$binary" step "$@" | tee -a "$results" >&2
+}
+
+# Runs one peer; what it says beside its line is shown when it fails.
+peer() {
+    "$@" 2>"$log" | tee -a "$results" >&2 || { cat "$log" >&2; exit 1; }
+}
+
+announce() {
+    echo "round $1 of $rounds, load $(cut -d' ' -f1 /proc/loadavg)" >&2
+}
+
+bench_cpu() {
+    local python round model=${MODEL:-models/smollm2-135m-instruct}
+    local sizes=(--batch 2 --seq 256 --threads "$threads" --warmup "$warmup" --steps "${STEPS:-8}")
+    [ -f "$model/config.json" ] || { echo "error: no checkpoint in $model; run scripts/quickstart.sh first" >&2; exit 2; }
+    python=$(peers_python)
+    build
+    prepare
+    for ((round = 1; round <= rounds; round++)); do
+        announce "$round"
+        peer "$python" scripts/bench/peer_cpu.py "$model" "${sizes[@]}"
+        ours --model "$model" "${sizes[@]}" --checkpointing none
+        ours --model "$model" "${sizes[@]}" --checkpointing block
     done
     python3 scripts/bench/table.py <"$results"
 }
 
+# One program of the GaLore benchmark, by its name in PROGRAMS. Without stagger every refresh falls into the first step, which
+# is not counted; its time is reported apart.
+galore_program() {
+    local low_rank="rank = $rank, update_proj_gap = $gap, stagger = false"
+    local own=(--model "$model" --random "${sizes[@]}" --device "$device" --checkpointing none --optimizer)
+    local other=(scripts/bench/peer_galore.py "$model" "${sizes[@]}" --rank "$rank" --gap "$gap" --device "$device" --method)
+    case $1 in
+    full) ours "${own[@]}" 'adamw = {}' ;;
+    input) ours "${own[@]}" "galore = { $low_rank, proj_type = \"input\" }" ;;
+    std) ours "${own[@]}" "galore = { $low_rank, proj_type = \"std\" }" ;;
+    exact) ours "${own[@]}" "galore = { $low_rank, proj_type = \"std\", exact = true }" ;;
+    galore-torch) peer "$python" "${other[@]}" galore ;;
+    torch) peer "$python" "${other[@]}" full ;;
+    esac
+}
+
+bench_galore() {
+    local python='' round program hidden features=() programs=()
+    local device=${DEVICE:-cpu} gap=200 seq=${SEQ:-256} tokens=${TOKENS:-2048}
+    local model=configs/pretrain/models/${SHAPE:-llama-130m}
+    read -ra programs <<<"${PROGRAMS:-full input std exact galore-torch torch}"
+    [ -f "$model/config.json" ] || { echo "error: no shape $model; there are: $(ls configs/pretrain/models)" >&2; exit 2; }
+    ((tokens >= seq && tokens % seq == 0)) || { echo "error: TOKENS=$tokens is no multiple of SEQ=$seq" >&2; exit 2; }
+    ((warmup >= 1)) || { echo "error: WARMUP must be at least 1: the first step has the refreshes" >&2; exit 2; }
+    for program in "${programs[@]}"; do
+        case $program in
+        full | input | std | exact) ;;
+        galore-torch | torch) python=${python:-$(peers_python)} ;;
+        *) echo "error: PROGRAMS has $program, expected full, input, std, exact, galore-torch or torch" >&2; exit 2 ;;
+        esac
+        [ "$program" != galore-torch ] || need_galore_torch "$python"
+    done
+    hidden=$(python3 -c 'import json, sys; print(json.load(open(sys.argv[1]))["hidden_size"])' "$model/config.json")
+    local rank=${RANK:-$((hidden / 4))} batch=$((tokens / seq))
+    local sizes=(--batch "$batch" --seq "$seq" --threads "$threads" --warmup "$warmup" --steps "${STEPS:-5}")
+    case $device in cuda* | vulkan* | metal*) features=(--features "${device%%:*}") ;; esac
+    build "${features[@]}"
+    prepare
+    for ((round = 1; round <= rounds; round++)); do
+        announce "$round"
+        for program in "${programs[@]}"; do
+            galore_program "$program"
+        done
+    done
+    python3 scripts/bench/table_galore.py "$model/config.json" --batch "$batch" --seq "$seq" --gap "$gap" <"$results"
+}
+
 case ${1:-} in
 cpu) bench_cpu ;;
-*)
-    sed -n '2,9s/^# \{0,1\}//p' "$0"
-    exit 2
-    ;;
+galore) bench_galore ;;
+*) usage ;;
 esac

@@ -8,12 +8,19 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCES = ("crates/trainer/src/config/raw.rs", "crates/trainer/src/data/mod.rs")
+SOURCES = ("crates/trainer/src/config/raw.rs", "crates/trainer/src/config/optimizer.rs",
+           "crates/trainer/src/data/mod.rs")
 OUT = ROOT / "docs" / "config.md"
 TABLES = [  # struct, its table in the file, a line about it
     ("RunConfig", "top level", "These keys come before the first table."),
     ("LoraConfig", "[adapter.lora]", "Leave the table out to train every weight."),
     ("AdamWConfig", "[optimizer.adamw]", ""),
+    ("GaloreConfig", "[optimizer.galore]", "Trains the whole model; targets by low-rank gradients, the rest by AdamW."),
+    ("QGaloreConfig", "[optimizer.q_galore]", ""),
+    ("DctAdamwConfig", "[optimizer.dct_adamw]", ""),
+    ("ApolloConfig", "[optimizer.apollo]", ""),
+    ("FiraConfig", "[optimizer.fira]", ""),
+    ("LdadamConfig", "[optimizer.ldadam]", ""),
     ("DataConfig", "[data]", ""),
     ("TrainingConfig", "[training]", ""),
     ("LoggingConfig", "[logging]", ""),
@@ -21,7 +28,7 @@ TABLES = [  # struct, its table in the file, a line about it
 ]
 TYPES = {
     "String": "text", "PathBuf": "path", "bool": "true or false", "f64": "number", "u64": "whole number",
-    "usize": "whole number", "Vec<String>": "list of texts", "Vec<usize>": "list of whole numbers",
+    "usize": "whole number", "u8": "whole number", "Vec<String>": "list of texts", "Vec<usize>": "list of whole numbers",
     "[f64; 2]": "two numbers", "BTreeMap<String, usize>": "table of whole numbers",
     "BTreeMap<String, f64>": "table of numbers", "BTreeMap<String, String>": "table of texts",
     "TargetModules": "text or list of texts", "Paths": "path or list of paths",

@@ -15,9 +15,11 @@
 //! the run, and the arithmetic follows the type of the activations.
 
 pub mod adapters;
+pub mod linalg;
 pub mod lowrank;
 pub mod optim;
 pub mod projection;
+pub mod quant;
 pub mod random;
 
 pub use lowrank::LowRank;

@@ -4,15 +4,41 @@
 //! | --- | --- |
 //! | base | dense, f32, bf16 or f16 |
 //! | delta | none, or [`LowRank`] |
-//! | gradient | none (frozen), full `dW` (trained) |
+//! | gradient | none (frozen), full `dW`, projected `P^T dW Q`, or the factors of `dW` ([`Gradient`]) |
 //!
 //! Models never name a method: they call [`Projection::forward`].
 
 use burn::module::{Module, Param};
-use burn::tensor::{FloatDType, Tensor};
+use burn::tensor::{FloatDType, Gradients, Tensor};
 use lowrank_kernels as kernels;
 
 use crate::lowrank::{LowRank, cast};
+
+/// What the backward pass makes of the gradient of a trained W.
+#[derive(Clone, Debug, Default)]
+pub enum Gradient {
+    /// `dW = x^T dy`, `[d_in, d_out]`.
+    #[default]
+    Full,
+    /// `left^T dW right`, formed without `dW`; it arrives as the gradient of W.
+    Projected {
+        /// P, `[d_in, r]`.
+        left: Option<Tensor<2>>,
+        /// Q, `[d_out, r]`.
+        right: Option<Tensor<2>>,
+    },
+    /// x and dy themselves, as the gradients of two placeholders, which [`Projection::lift_slots`] makes.
+    Factors(Option<Slots>),
+}
+
+/// Placeholders on the tape that receive x and dy.
+#[derive(Clone, Debug)]
+pub struct Slots {
+    /// Receives x, `[t, d_in]`.
+    pub x: Tensor<2>,
+    /// Receives dy, `[t, d_out]`.
+    pub dy: Tensor<2>,
+}
 
 /// `y = x W + b + delta(x)`.
 #[derive(Module, Debug)]
@@ -23,6 +49,9 @@ pub struct Projection {
     pub bias: Option<Param<Tensor<1>>>,
     /// What an adapter adds.
     pub delta: Option<LowRank>,
+    /// What a trained W receives in the backward pass.
+    #[module(skip)]
+    pub gradient: Gradient,
 }
 
 impl Projection {
@@ -32,6 +61,7 @@ impl Projection {
             weight: Param::from_tensor(weight).set_require_grad(false),
             bias: bias.map(|bias| Param::from_tensor(bias).set_require_grad(false)),
             delta: None,
+            gradient: Gradient::Full,
         }
     }
 
@@ -48,10 +78,35 @@ impl Projection {
         let dtype: FloatDType = x.dtype().into();
         let weight = cast(self.weight.val(), dtype);
         let bias = self.bias.as_ref().map(|bias| cast(bias.val(), dtype));
-        match &self.delta {
-            None => kernels::linear(x, weight, bias),
-            Some(delta) => delta.forward(x, weight, bias, training),
+        if let Some(delta) = &self.delta {
+            return delta.forward(x, weight, bias, training);
         }
+        match &self.gradient {
+            Gradient::Projected { left, right } => {
+                let [left, right] = [left, right].map(|basis| basis.clone().map(|basis| cast(basis, dtype)));
+                kernels::projected_linear(x, weight, bias, left, right)
+            }
+            Gradient::Factors(Some(slots)) => {
+                kernels::factored_linear(x, weight, bias, slots.x.clone(), slots.dy.clone())
+            }
+            Gradient::Full | Gradient::Factors(None) => kernels::linear(x, weight, bias),
+        }
+    }
+
+    /// Makes the placeholders of [`Gradient::Factors`] on a projection that was lifted onto the tape.
+    pub fn lift_slots(&mut self) {
+        if let Gradient::Factors(slots) = &mut self.gradient {
+            let device = self.weight.val().device().inner();
+            let slot = || Tensor::from_inner(Tensor::<2>::zeros([1, 1], &device)).require_grad();
+            *slots = Some(Slots { x: slot(), dy: slot() });
+        }
+    }
+
+    /// x and dy after the backward pass, in f32, where the projection hands over factors.
+    pub fn take_factors(&self, gradients: &mut Gradients) -> Option<(Tensor<2>, Tensor<2>)> {
+        let Gradient::Factors(Some(slots)) = &self.gradient else { return None };
+        let [x, dy] = [&slots.x, &slots.dy].map(|slot| slot.grad_remove(gradients));
+        Some((cast(x?, FloatDType::F32), cast(dy?, FloatDType::F32)))
     }
 
     /// Adds the delta to the weight and drops it. The sum is taken in f32 and rounded once to the weight's type.

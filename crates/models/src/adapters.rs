@@ -78,17 +78,7 @@ pub struct Attached {
 /// Calls `change` for every projection with its module name.
 pub fn for_each_projection(decoder: &mut Decoder, mut change: impl FnMut(&str, &mut Projection)) {
     for (index, block) in decoder.model.layers.iter_mut().enumerate() {
-        let (attention, mlp) = (&mut block.self_attn, &mut block.mlp);
-        let parts = [
-            ("self_attn.q_proj", &mut attention.q_proj),
-            ("self_attn.k_proj", &mut attention.k_proj),
-            ("self_attn.v_proj", &mut attention.v_proj),
-            ("self_attn.o_proj", &mut attention.o_proj),
-            ("mlp.gate_proj", &mut mlp.gate_proj),
-            ("mlp.up_proj", &mut mlp.up_proj),
-            ("mlp.down_proj", &mut mlp.down_proj),
-        ];
-        for (name, projection) in parts {
+        for (name, projection) in block.projections_mut() {
             change(&format!("model.layers.{index}.{name}"), projection);
         }
     }

@@ -3,19 +3,19 @@
 //! | file | content |
 //! | --- | --- |
 //! | `parameters.safetensors` | trained parameters by name, f32, as matrices |
-//! | `optimizer.safetensors` | `<name>.first`, `<name>.second` |
-//! | `state.json` | step, tokens, loader position, best evaluation, steps of each moment |
+//! | `optimizer.safetensors` | `<name>:<part>`: moments, bases, 8-bit codes |
+//! | `state.json` | step, tokens, loader position, best evaluation, parts and counters of each parameter's state |
 //! | `config.toml` | the resolved configuration |
 //! | `adapter/` | the adapter so far in PEFT's format (adapter methods) |
 //!
-//! Dropout masks and the order of the data are functions of the seed and the position, so no generator state is kept.
+//! Dropout masks, the sketches of low-rank methods and the order of the data are functions of the seed and the position, so no generator state is kept.
 
 use std::collections::BTreeMap;
 use std::path::Path;
 
 use burn::tensor::{Tensor, TensorData};
-use lowrank_core::optim::AdamW;
-use lowrank_core::optim::adamw::Moments;
+use lowrank_core::lowrank::cast;
+use lowrank_core::optim::{self, Optimizer};
 use lowrank_models::hf::{Checkpoint, Dtype, OutTensor, write_safetensors};
 use lowrank_models::save::host_values;
 use lowrank_models::{Decoder, adapters, parameters};
@@ -71,11 +71,21 @@ struct State {
     version: u32,
     counters: Counters,
     loader: LoaderState,
-    /// Steps taken by the moments of each parameter.
-    moment_steps: BTreeMap<String, u32>,
+    /// The optimiser's state of each parameter, but for the values.
+    optimizer: BTreeMap<String, Parts>,
 }
 
-const VERSION: u32 = 1;
+/// The parts of one parameter's state.
+#[derive(Serialize, Deserialize)]
+struct Parts {
+    /// Matrices and their shapes.
+    tensors: BTreeMap<String, [usize; 2]>,
+    /// Lists of bytes.
+    bytes: Vec<String>,
+    numbers: BTreeMap<String, u64>,
+}
+
+const VERSION: u32 = 2;
 
 fn cannot(doing: &str, folder: &Path) -> Problem {
     Problem::run(format!("cannot {doing} the checkpoint in {}", folder.display()))
@@ -97,7 +107,7 @@ pub fn write(
     decoder: &Decoder,
     adapter: Option<&Adapter>,
     base_model: &str,
-    optimizer: &AdamW,
+    optimizer: &Optimizer,
     counters: &Counters,
     loader: LoaderState,
     config_text: &str,
@@ -110,19 +120,22 @@ pub fn write(
         }
     });
     write_safetensors(&folder.join("parameters.safetensors"), values, &[]).map_err(failed)?;
-    let moments = optimizer.state.iter().flat_map(|(name, moments)| {
-        [
-            matrix(format!("{name}.first"), moments.first.clone()),
-            matrix(format!("{name}.second"), moments.second.clone()),
-        ]
-    });
-    write_safetensors(&folder.join("optimizer.safetensors"), moments.collect(), &[]).map_err(failed)?;
+    let (mut values, mut parts) = (vec![], BTreeMap::new());
+    for (name, optim::State { tensors, bytes, numbers }) in optimizer.save() {
+        let shapes = tensors.iter().map(|(key, tensor)| (key.clone(), tensor.dims())).collect();
+        parts.insert(name.clone(), Parts { tensors: shapes, bytes: bytes.keys().cloned().collect(), numbers });
+        values.extend(tensors.into_iter().map(|(key, tensor)| matrix(format!("{name}:{key}"), tensor)));
+        values.extend(bytes.into_iter().map(|(key, bytes)| {
+            let shape = [bytes.len()];
+            OutTensor::new(format!("{name}:{key}"), Dtype::U8, &shape, move || bytes)
+        }));
+    }
+    write_safetensors(&folder.join("optimizer.safetensors"), values, &[]).map_err(failed)?;
     if let Some(adapter) = adapter {
         adapters::save_adapter(decoder, &adapter.config, &adapter.attached, base_model, &folder.join("adapter"))
             .map_err(|error| cannot("write", folder).source(error))?;
     }
-    let moment_steps = optimizer.state.iter().map(|(name, moments)| (name.clone(), moments.step)).collect();
-    let state = State { version: VERSION, counters: counters.clone(), loader, moment_steps };
+    let state = State { version: VERSION, counters: counters.clone(), loader, optimizer: parts };
     let json = serde_json::to_vec_pretty(&state).map_err(|error| cannot("write", folder).source(error))?;
     let write = |name: &str, bytes: &[u8]| {
         std::fs::write(folder.join(name), bytes).map_err(|error| cannot("write", folder).source(error))
@@ -135,10 +148,14 @@ pub fn write(
 ///
 /// # Errors
 /// A file is missing or does not fit the model.
-pub fn read(folder: &Path, decoder: &mut Decoder, optimizer: &mut AdamW) -> Result<(Counters, LoaderState), Problem> {
+pub fn read(
+    folder: &Path,
+    decoder: &mut Decoder,
+    optimizer: &mut Optimizer,
+) -> Result<(Counters, LoaderState), Problem> {
     let text =
         std::fs::read_to_string(folder.join("state.json")).map_err(|error| cannot("read", folder).source(error))?;
-    let state: State = serde_json::from_str(&text).map_err(|error| cannot("read", folder).source(error))?;
+    let mut state: State = serde_json::from_str(&text).map_err(|error| cannot("read", folder).source(error))?;
     if state.version != VERSION {
         return Err(
             cannot("read", folder).hint(format!("it has format {}, this program reads {VERSION}", state.version))
@@ -160,10 +177,19 @@ pub fn read(folder: &Path, decoder: &mut Decoder, optimizer: &mut AdamW) -> Resu
     let trained: BTreeMap<String, Vec<usize>> = parameters::trained(decoder).into_iter().collect();
     let mut problem = None;
     let mut read_one = |name: &str, dims: [usize; 2]| -> Result<Tensor<2>, Problem> {
-        if let Some(&step) = state.moment_steps.get(name) {
-            let first = tensor(&moments, &format!("{name}.first"), dims)?;
-            let second = tensor(&moments, &format!("{name}.second"), dims)?;
-            optimizer.state.insert(name.to_owned(), Moments { first, second, step });
+        if let Some(Parts { tensors, bytes, numbers }) = state.optimizer.remove(name) {
+            let mut parts = optim::State { numbers, ..Default::default() };
+            for (key, dims) in tensors {
+                let value = tensor(&moments, &format!("{name}:{key}"), dims)?;
+                parts.tensors.insert(key, value);
+            }
+            for key in bytes {
+                let view = moments.get(&format!("{name}:{key}")).map_err(failed)?;
+                parts.bytes.insert(key, view.bytes.to_vec());
+            }
+            optimizer.restore(name, dims, parts).map_err(|reason| {
+                cannot("read", folder).hint(format!("the optimiser's state of {name} does not fit: {reason}"))
+            })?;
         }
         tensor(&stored, name, dims)
     };
@@ -172,7 +198,7 @@ pub fn read(folder: &Path, decoder: &mut Decoder, optimizer: &mut AdamW) -> Resu
             return value;
         }
         match read_one(name, value.dims()) {
-            Ok(stored) => stored,
+            Ok(stored) => cast(stored, value.dtype().into()),
             Err(error) => {
                 problem = Some(error);
                 value

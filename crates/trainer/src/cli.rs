@@ -19,6 +19,7 @@ Examples:
   lowrank-train eval --config run.toml
   lowrank-train generate --model models/smollm2 --adapter runs/demo/adapter --prompt \"Hello\"
   lowrank-train merge --model models/smollm2 --adapter runs/demo/adapter --out merged
+  lowrank-train tokenizer --corpus data/text/train.txt --vocab-size 4096 --output models/llama-tiny
   lowrank-train doctor
 
 Exit codes: 0 done; 1 the run failed; 2 the command or configuration is wrong; 130 interrupted (a checkpoint was written).";
@@ -57,6 +58,9 @@ pub enum Command {
     /// Add an adapter to the weights of its base model and write a Hugging Face folder
     #[command(after_help = MERGE_EXAMPLES)]
     Merge(MergeArgs),
+    /// Learn a tokenizer from text, for a model that is trained from nothing
+    #[command(after_help = TOKENIZER_EXAMPLES)]
+    Tokenizer(TokenizerArgs),
     /// Show the devices of this machine, what they can do, and what is wrong
     #[command(after_help = DOCTOR_EXAMPLES)]
     Doctor(DoctorArgs),
@@ -87,6 +91,11 @@ const MERGE_EXAMPLES: &str = "\
 Examples:
   lowrank-train merge --model models/smollm2 --adapter runs/demo/adapter --out merged --dtype bf16
   lowrank-train merge --config run.toml                   writes <output_dir>/model";
+
+const TOKENIZER_EXAMPLES: &str = "\
+Examples:
+  lowrank-train tokenizer --corpus data/text/train.txt --vocab-size 4096 --output models/llama-tiny
+  lowrank-train tokenizer --corpus a.txt b.jsonl --vocab-size 32000 --output models/mine --special \"<end>\" --force";
 
 const DOCTOR_EXAMPLES: &str = "\
 Examples:
@@ -237,6 +246,26 @@ pub struct MergeArgs {
     /// Replace a model that is in the folder already
     #[arg(long)]
     pub overwrite: bool,
+}
+
+/// Arguments of `tokenizer`.
+#[derive(Debug, Clone, Default, PartialEq, Args)]
+pub struct TokenizerArgs {
+    /// Text to learn from: .txt files, or .jsonl files with a field `text`
+    #[arg(long, value_name = "FILE", num_args = 1.., required = true)]
+    pub corpus: Vec<PathBuf>,
+    /// Tokens of the vocabulary; special tokens and the 256 bytes count
+    #[arg(long, value_name = "N")]
+    pub vocab_size: usize,
+    /// Folder for tokenizer.json and tokenizer_config.json
+    #[arg(long, value_name = "DIR")]
+    pub output: PathBuf,
+    /// Further special tokens, beside <unk>, <s>, </s> and <pad>
+    #[arg(long, value_name = "TOKEN", num_args = 1..)]
+    pub special: Vec<String>,
+    /// Replace a tokenizer that is in the folder already
+    #[arg(long)]
+    pub force: bool,
 }
 
 /// Arguments of `doctor`.

@@ -49,6 +49,9 @@ fn commands_take_a_configuration_or_a_model() {
     let Command::Merge(merge) = command("merge --config c.toml") else { unreachable!() };
     assert_eq!((merge.out, merge.overwrite), (None, false));
     assert_eq!(command("doctor"), Command::Doctor(DoctorArgs::default()));
+    let line = "tokenizer --corpus a.txt b.jsonl --vocab-size 300 --special <x> <y> --output o";
+    let Command::Tokenizer(tokenizer) = command(line) else { unreachable!() };
+    assert_eq!((tokenizer.corpus.len(), tokenizer.vocab_size, tokenizer.special.len()), (2, 300, 2));
 }
 
 #[test]
@@ -100,8 +103,9 @@ fn usage_errors_end_with_2() {
 fn help_and_version_end_with_0() {
     let version = parse("--version").unwrap_err();
     assert_eq!((version.to_string(), version.exit_code()), (format!("lowrank-train {VERSION}\n"), 0));
-    for line in ["--help", "train --help", "eval --help", "generate --help", "merge --help", "doctor --help"] {
-        let help = parse(line).unwrap_err();
+    for name in ["", "train", "eval", "generate", "merge", "tokenizer", "doctor"] {
+        let line = format!("{name} --help");
+        let help = parse(&line).unwrap_err();
         assert_eq!(help.exit_code(), 0);
         assert!(help.to_string().contains("Examples:\n  lowrank-train "), "{line}");
     }
@@ -117,7 +121,7 @@ fn the_options_are_frozen() {
     assert_eq!(options(&cli), ["config", "set", "out", "verbose"]);
     let listed: Vec<(String, Vec<String>)> =
         cli.get_subcommands().map(|command| (command.get_name().to_owned(), options(command))).collect();
-    let expected: [(&str, &[&str]); 5] = [
+    let expected: [(&str, &[&str]); 6] = [
         ("train", &["config", "set", "out"]),
         (
             "eval",
@@ -144,6 +148,7 @@ fn the_options_are_frozen() {
             ],
         ),
         ("merge", &["config", "set", "model", "adapter", "out", "dtype", "overwrite"]),
+        ("tokenizer", &["corpus", "vocab-size", "output", "special", "force"]),
         ("doctor", &["device"]),
     ];
     let expected: Vec<(String, Vec<String>)> = expected

@@ -21,6 +21,7 @@ pub mod device;
 pub mod error;
 pub mod evaluate;
 pub mod metrics;
+pub mod optimizer;
 pub mod progress;
 pub mod run_dir;
 pub mod session;

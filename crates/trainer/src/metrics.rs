@@ -14,8 +14,8 @@ use serde_json::{Map, Value};
 use crate::error::Problem;
 
 /// Keys that depend on the clock and the machine and so differ between two runs of the same training.
-pub const VOLATILE: [&str; 6] =
-    ["step_ms", "tokens_per_second", "memory_bytes", "peak_memory_bytes", "wall_seconds", "seconds"];
+pub const VOLATILE: [&str; 7] =
+    ["step_ms", "tokens_per_second", "memory_bytes", "peak_memory_bytes", "wall_seconds", "seconds", "refresh_seconds"];
 
 /// One optimiser step.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -38,6 +38,28 @@ pub struct TrainLine {
     pub step_ms: f64,
     /// Memory in use: of the device where it tells, else of the process.
     pub memory_bytes: u64,
+    /// Most bytes of gradients that existed at the same time.
+    pub gradient_bytes: u64,
+    /// Bytes of the optimiser's state.
+    pub optimizer_bytes: u64,
+    /// What low-rank methods tell of their subspaces.
+    #[serde(flatten, skip_serializing_if = "Option::is_none")]
+    pub subspace: Option<SubspaceLine>,
+}
+
+/// The subspaces of all matrices that a low-rank method has.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct SubspaceLine {
+    /// Mean share of a gradient's energy inside its subspace, `||R||^2 / ||G||^2`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub captured_energy: Option<f64>,
+    /// Mean overlap of a new subspace with the one before it, `||P_new^T P_old||^2 / r`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub subspace_overlap: Option<f64>,
+    /// Bases chosen so far, over all matrices.
+    pub refreshes: u64,
+    /// Time they took since the program started.
+    pub refresh_seconds: f64,
 }
 
 /// One evaluation.
@@ -119,16 +141,26 @@ impl Line {
     /// The series that are drawn, as name and value: `train/loss` and so on. A summary has none.
     pub fn scalars(&self) -> Vec<(&'static str, f64)> {
         match self {
-            Line::Train(line) => vec![
-                ("train/loss", line.loss),
-                ("train/grad_norm", line.grad_norm),
-                ("train/learning_rate", line.learning_rate),
-                ("train/epoch", line.epoch),
-                ("train/tokens", line.tokens as f64),
-                ("train/tokens_per_second", line.tokens_per_second),
-                ("train/step_ms", line.step_ms),
-                ("train/memory_bytes", line.memory_bytes as f64),
-            ],
+            Line::Train(line) => {
+                let mut scalars = vec![
+                    ("train/loss", line.loss),
+                    ("train/grad_norm", line.grad_norm),
+                    ("train/learning_rate", line.learning_rate),
+                    ("train/epoch", line.epoch),
+                    ("train/tokens", line.tokens as f64),
+                    ("train/tokens_per_second", line.tokens_per_second),
+                    ("train/step_ms", line.step_ms),
+                    ("train/memory_bytes", line.memory_bytes as f64),
+                    ("train/gradient_bytes", line.gradient_bytes as f64),
+                    ("train/optimizer_bytes", line.optimizer_bytes as f64),
+                ];
+                if let Some(subspace) = &line.subspace {
+                    scalars.extend(subspace.captured_energy.map(|share| ("train/captured_energy", share)));
+                    scalars.extend(subspace.subspace_overlap.map(|share| ("train/subspace_overlap", share)));
+                    scalars.push(("train/refreshes", subspace.refreshes as f64));
+                }
+                scalars
+            }
             Line::Eval(line) => {
                 let mut scalars = vec![("eval/loss", line.loss), ("eval/perplexity", line.perplexity)];
                 scalars.extend(line.exact_match.map(|share| ("eval/exact_match", share)));

@@ -13,6 +13,9 @@ fn train(step: u64, loss: f64) -> Line {
         tokens_per_second: 100.0,
         step_ms: 640.0,
         memory_bytes: 1024,
+        gradient_bytes: 256,
+        optimizer_bytes: 512,
+        subspace: None,
     })
 }
 
@@ -56,7 +59,7 @@ fn lines_have_the_documented_fields() {
     log.sync().unwrap();
     let text = std::fs::read_to_string(&path).unwrap();
     let expected = [
-        r#"{"kind":"train","step":1,"epoch":0.5,"loss":0.30000000000000004,"grad_norm":1.25,"learning_rate":0.0001,"tokens":64,"tokens_per_second":100.0,"step_ms":640.0,"memory_bytes":1024}"#,
+        r#"{"kind":"train","step":1,"epoch":0.5,"loss":0.30000000000000004,"grad_norm":1.25,"learning_rate":0.0001,"tokens":64,"tokens_per_second":100.0,"step_ms":640.0,"memory_bytes":1024,"gradient_bytes":256,"optimizer_bytes":512}"#,
         r#"{"kind":"eval","step":1,"loss":2.0,"perplexity":7.5,"tokens":10,"seconds":0.1}"#,
         r#"{"kind":"summary","step":1,"ended_by":"max_steps","train_loss":1.0,"eval_loss":2.0,"trainable_parameters":3,"total_parameters":4,"tokens":5,"peak_memory_bytes":6,"wall_seconds":7.5}"#,
     ];
@@ -67,7 +70,12 @@ fn lines_have_the_documented_fields() {
 fn values_that_are_not_finite_are_null_and_named() {
     let json = train(3, f64::NAN).to_json().unwrap();
     assert!(json.contains(r#""loss":null,"#), "{json}");
-    assert!(json.ends_with(r#","memory_bytes":1024,"non_finite":{"loss":"NaN"}}"#), "{json}");
+    assert!(
+        json.ends_with(
+            r#","memory_bytes":1024,"gradient_bytes":256,"optimizer_bytes":512,"non_finite":{"loss":"NaN"}}"#
+        ),
+        "{json}"
+    );
     assert!(train(3, f64::INFINITY).to_json().unwrap().contains(r#"{"loss":"inf"}"#));
 }
 
@@ -119,7 +127,7 @@ fn the_deterministic_view_has_no_clock_and_no_memory() {
     let view = |line: &Line| deterministic_view(&line.to_json().unwrap());
     assert_eq!(
         view(&train(1, 2.0)).to_string(),
-        r#"{"kind":"train","step":1,"epoch":0.5,"loss":2.0,"grad_norm":1.25,"learning_rate":0.0001,"tokens":64}"#
+        r#"{"kind":"train","step":1,"epoch":0.5,"loss":2.0,"grad_norm":1.25,"learning_rate":0.0001,"tokens":64,"gradient_bytes":256,"optimizer_bytes":512}"#
     );
     assert_ne!(view(&train(1, 2.0)), view(&train(1, 2.0 + f64::EPSILON * 2.0)));
     assert_eq!(deterministic_view("torn {"), Value::Null);

@@ -254,6 +254,9 @@ mod tests {
             tokens_per_second: 512.4,
             step_ms: 1000.0,
             memory_bytes: 3 << 29,
+            gradient_bytes: 0,
+            optimizer_bytes: 0,
+            subspace: None,
         }
     }
 

@@ -8,7 +8,7 @@ use lowrank_models::hf::peft::{InitLoraWeights as PeftInit, ModulePattern, Modul
 use lowrank_models::hf::{self, ChatTemplate, Dtype as FileDtype, Tokenizer};
 use lowrank_models::{Decoder, load, parameters};
 
-use crate::config::{AdapterConfig, Dtype, InitLoraWeights, LoraConfig, ProgressStyle, RunConfig, TargetModules};
+use crate::config::{AdapterConfig, Dtype, Init, InitLoraWeights, LoraConfig, ProgressStyle, RunConfig, TargetModules};
 use crate::data::Encoder;
 use crate::device::{self, ChosenDevice};
 use crate::error::Problem;
@@ -51,15 +51,39 @@ impl Session {
     /// # Errors
     /// No such device or model; files that do not fit.
     pub fn open(base_model: &str, device: &str, dtype: Dtype, style: ProgressStyle) -> Result<Self, Problem> {
+        Self::open_as(base_model, device, dtype, style, None)
+    }
+
+    /// As [`Session::open`]; with a seed, the weights are random and the folder needs none.
+    fn open_as(
+        base_model: &str,
+        device: &str,
+        dtype: Dtype,
+        style: ProgressStyle,
+        random: Option<u64>,
+    ) -> Result<Self, Problem> {
         let device = device::choose(device)?;
         let compute = device::compute_type(dtype, &device)?;
         let folder = hf::resolve_model(base_model)
             .map_err(|error| Problem::config(format!("base_model = \"{base_model}\" cannot be used")).source(error))?;
-        let tokenizer =
-            Tokenizer::from_folder(&folder).map_err(|error| run_problem("cannot load the tokenizer", error))?;
+        let tokenizer = Tokenizer::from_folder(&folder).map_err(|error| {
+            let is_missing = !folder.join("tokenizer.json").exists();
+            let problem = run_problem("cannot load the tokenizer", error);
+            match random.is_some() && is_missing {
+                true => problem.hint(format!(
+                    "train one on your text: lowrank-train tokenizer --corpus FILE --vocab-size N --output {}, with the \
+                     vocab_size of config.json as N",
+                    folder.display()
+                )),
+                false => problem,
+            }
+        })?;
         let chat =
             ChatTemplate::from_folder(&folder).map_err(|error| run_problem("cannot load the chat template", error))?;
-        let decoder = load_model(&folder, compute, &device, style)?;
+        let decoder = match random {
+            Some(seed) => random_model(&folder, compute, &device, style, seed)?,
+            None => load_model(&folder, compute, &device, style)?,
+        };
         let tokenizer = tokenizer
             .for_model(decoder.config.vocab_size)
             .map_err(|error| run_problem("the tokenizer does not fit the model", error))?;
@@ -71,7 +95,9 @@ impl Session {
     /// # Errors
     /// As [`Session::open`]; an adapter that does not fit.
     pub fn for_training(config: &RunConfig) -> Result<Self, Problem> {
-        let mut session = Self::open(&config.base_model, &config.device, config.dtype, config.logging.progress)?;
+        let random = (config.init == Init::Random).then_some(config.seed);
+        let style = config.logging.progress;
+        let mut session = Self::open_as(&config.base_model, &config.device, config.dtype, style, random)?;
         match (&config.init_adapter, &config.adapter) {
             (Some(folder), wanted) => {
                 session.load_adapter(folder)?;
@@ -129,6 +155,20 @@ fn load_model(
         load::load(folder, compute, &device.device, &mut |_, done, total| phase.update(done as u64, total as u64));
     phase.finish();
     decoder.map_err(|error| run_problem(&format!("cannot load the model in {}", folder.display()), error))
+}
+
+/// A model of which only `config.json` is read; the weights follow from the seed.
+fn random_model(
+    folder: &Path,
+    compute: FloatDType,
+    device: &ChosenDevice,
+    style: ProgressStyle,
+    seed: u64,
+) -> Result<Decoder, Problem> {
+    let phase = Phase::start(style, format!("random weights for {}", folder.display()));
+    let decoder = load::random(folder, compute, seed, &device.device);
+    phase.finish();
+    decoder.map_err(|error| run_problem(&format!("cannot make the model of {}", folder.display()), error))
 }
 
 /// Gives every delta of the blocks this dropout.

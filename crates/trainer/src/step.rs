@@ -9,7 +9,8 @@
 
 use burn::module::Module as _;
 use burn::tensor::{Device, FloatDType, Gradients, Int, Tensor, TensorData};
-use lowrank_core::optim::AdamW;
+use lowrank_core::Projection;
+use lowrank_core::optim::Optimizer;
 use lowrank_core::optim::adamw::StepRule;
 use lowrank_core::random::Stream;
 use lowrank_kernels as kernels;
@@ -46,18 +47,27 @@ pub struct Accumulated {
     pub gradients: Named,
     /// Sums of squares of gradients that an immediate update consumed.
     applied_squares: Vec<Tensor<1>>,
+    /// Most bytes of gradients that existed at the same time.
+    pub peak_bytes: usize,
 }
 
 impl Accumulated {
     /// Global 2-norm of all gradients of the step (one read from the device).
-    pub fn norm(&self) -> f64 {
-        let mut parts: Vec<Tensor<1>> = self.gradients.values().map(|g| kernels::sum_squares(g.clone())).collect();
+    pub fn norm(&self, optimizer: &Optimizer) -> f64 {
+        let mut parts: Vec<Tensor<1>> =
+            self.gradients.iter().map(|(name, gradient)| optimizer.squared_norm(name, gradient)).collect();
         parts.extend(self.applied_squares.iter().cloned());
         if parts.is_empty() {
             return 0.0;
         }
         let squares = host(Tensor::cat(parts, 0));
         squares.iter().map(|&square| f64::from(square)).sum::<f64>().sqrt()
+    }
+
+    /// Notes how much there is now.
+    fn weigh(&mut self) {
+        let bytes = self.gradients.values().map(|gradient| 4 * gradient.shape().num_elements()).sum();
+        self.peak_bytes = self.peak_bytes.max(bytes);
     }
 }
 
@@ -67,25 +77,22 @@ fn host(tensor: Tensor<1>) -> Vec<f32> {
     data.try_to_vec::<f32>().unwrap_or_else(|_| unreachable!("cast to f32 just before"))
 }
 
-/// Applies updates to a segment as soon as its gradients are complete, so that they never all exist at once.
-pub struct Immediate<'a> {
-    /// The optimiser.
-    pub optimizer: &'a mut AdamW,
-    /// Learning rates and decays of this step.
-    pub rules: Rules<'a>,
-}
-
-impl Immediate<'_> {
-    /// The new value of one parameter, if it has a gradient; the gradient's square is noted and the gradient dropped.
-    fn update(&mut self, name: &str, value: Tensor<2>, into: &mut Accumulated) -> Tensor<2> {
-        let Some(gradient) = into.gradients.remove(name) else { return value };
-        into.applied_squares.push(kernels::sum_squares(gradient.clone()));
-        self.optimizer.step(name, value, gradient, (self.rules)(name))
-    }
+/// The new value of one parameter, if it has a gradient, as soon as its gradient is complete, so that they never all exist at
+/// once. The gradient's square is noted and the gradient dropped.
+fn update_now(
+    name: &str,
+    value: Tensor<2>,
+    optimizer: &mut Optimizer,
+    rules: Rules<'_>,
+    into: &mut Accumulated,
+) -> Tensor<2> {
+    let Some(gradient) = into.gradients.remove(name) else { return value };
+    into.applied_squares.push(optimizer.squared_norm(name, &gradient));
+    optimizer.step(name, value, gradient, rules(name))
 }
 
 /// Updates every parameter that has a gradient and removes the gradient.
-pub fn apply(decoder: &mut Decoder, accumulated: &mut Accumulated, optimizer: &mut AdamW, rules: Rules<'_>) {
+pub fn apply(decoder: &mut Decoder, accumulated: &mut Accumulated, optimizer: &mut Optimizer, rules: Rules<'_>) {
     decoder.map_parameters(&mut |name, value| match accumulated.gradients.remove(name) {
         Some(gradient) => optimizer.step(name, value, gradient, rules(name)),
         None => value,
@@ -122,37 +129,39 @@ impl<'a> Pass<'a> {
 
     /// Runs one micro batch forward and backward and returns its summed loss.
     ///
-    /// Gradients are those of `sum / denominator`; they are added to `into`, or applied at once with `immediate`.
-    /// `key` numbers the micro batch within the run, for dropout.
+    /// Gradients are those of `sum / denominator`; they are added to `into`, or applied at once where `immediate` gives the
+    /// rates. `key` numbers the micro batch within the run, for dropout. The optimiser was told of the step before
+    /// ([`Optimizer::begin`]); it sees the factors of the gradients it asked for.
     pub fn run(
         &mut self,
         batch: &Batch,
         denominator: f64,
         key: u64,
         into: &mut Accumulated,
-        mut immediate: Option<Immediate<'_>>,
+        optimizer: &mut Optimizer,
+        immediate: Option<Rules<'_>>,
     ) -> f64 {
         let device = self.decoder.device();
         let inputs = Inputs::new(batch, &self.decoder.config, 0, &device);
         let (mut pending, hidden) = self.forward(&inputs, key);
-        let (loss, d_hidden) = self.head(batch, hidden, denominator, &device, into);
-        if let Some(update) = &mut immediate {
-            self.decoder.map_head(&mut |name, value| update.update(name, value, into));
+        let (loss, d_hidden) = self.head(batch, hidden, denominator, &device, into, optimizer);
+        if let Some(rules) = immediate {
+            self.decoder.map_head(&mut |name, value| update_now(name, value, optimizer, rules, into));
         }
         let mut gradient = d_hidden;
         for index in (self.first_trained..self.decoder.model.layers.len()).rev() {
             let (Some(block), Some(from)) = (pending.pop(), gradient.take()) else { break };
-            gradient = self.backward_block(index, block, from, &inputs, key, into);
-            if let Some(update) = &mut immediate {
-                self.decoder.map_block(index, &mut |name, value| update.update(name, value, into));
+            gradient = self.backward_block(index, block, from, &inputs, key, into, optimizer);
+            if let Some(rules) = immediate {
+                self.decoder.map_block(index, &mut |name, value| update_now(name, value, optimizer, rules, into));
             }
         }
         if let (true, Some(gradient)) = (self.embedding_is_trained, gradient) {
             self.backward_embedding(&inputs, gradient, into);
         }
         // The embedding last: a tied head has added to its gradient.
-        if let Some(update) = &mut immediate {
-            self.decoder.map_embedding(&mut |name, value| update.update(name, value, into));
+        if let Some(rules) = immediate {
+            self.decoder.map_embedding(&mut |name, value| update_now(name, value, optimizer, rules, into));
         }
         loss
     }
@@ -167,7 +176,7 @@ impl<'a> Pass<'a> {
             let layer = config.layers[index];
             let keeps_graph = self.options.checkpointing == GradientCheckpointing::None && index >= self.first_trained;
             if keeps_graph {
-                let lifted = block.clone().train();
+                let lifted = self.lifted(index);
                 let input = self.lift(x, index);
                 let out = lifted.forward(input.clone(), inputs, &config, layer, true, None);
                 x = out.clone().inner();
@@ -180,6 +189,15 @@ impl<'a> Pass<'a> {
             }
         }
         (pending, x)
+    }
+
+    /// A block on the tape, with placeholders where its gradients leave as factors.
+    fn lifted(&self, index: usize) -> Block {
+        let mut lifted = self.decoder.model.layers[index].clone().train();
+        for (_, projection) in lifted.projections_mut() {
+            projection.lift_slots();
+        }
+        lifted
     }
 
     /// A block's input on the tape; tracked only where something below it is trained.
@@ -197,11 +215,10 @@ impl<'a> Pass<'a> {
     }
 
     fn block_has_dropout(&self, index: usize) -> bool {
-        let block = &self.decoder.model.layers[index];
-        let (a, m) = (&block.self_attn, &block.mlp);
-        [&a.q_proj, &a.k_proj, &a.v_proj, &a.o_proj, &m.gate_proj, &m.up_proj, &m.down_proj]
+        self.decoder.model.layers[index]
+            .projections()
             .iter()
-            .any(|projection| projection.delta.as_ref().is_some_and(|delta| delta.dropout > 0.0))
+            .any(|(_, projection)| projection.delta.as_ref().is_some_and(|delta| delta.dropout > 0.0))
     }
 
     /// Loss of the counted tokens chunk by chunk; returns it with the gradient of the residual stream, `[t, hidden]`, where
@@ -213,12 +230,14 @@ impl<'a> Pass<'a> {
         denominator: f64,
         device: &Device,
         into: &mut Accumulated,
+        optimizer: &mut Optimizer,
     ) -> (f64, Option<Tensor<2>>) {
         let config = self.decoder.config.clone();
         let counted: Vec<i32> = (0..batch.targets.len() as i32).filter(|&i| batch.targets[i as usize] >= 0).collect();
         let needs_gradient = self.first_trained < self.decoder.model.layers.len() || self.embedding_is_trained;
         let all_rows = counted.len() == batch.targets.len();
-        let lifted = self.decoder.head().train();
+        let mut lifted = self.decoder.head().train();
+        lifted.lm_head.as_mut().into_iter().for_each(|head| head.lift_slots());
         let head_is_trained = !parameters::trained(&lifted).is_empty();
         let softcap = config.final_softcap.unwrap_or(0.0);
         let mut d_hidden = (needs_gradient && !all_rows).then(|| hidden.zeros_like());
@@ -237,7 +256,7 @@ impl<'a> Pass<'a> {
             }
             let weight = Tensor::<1>::full([chunk.len()], 1.0 / denominator, device);
             let mut gradients = kernels::backward_from(losses, Tensor::from_inner(weight));
-            take_head_gradients(&lifted, &mut gradients, into);
+            take_head_gradients(&lifted, &mut gradients, into, optimizer);
             if let Some(piece) = x.grad_remove(&mut gradients) {
                 match d_hidden.take() {
                     Some(d) => d_hidden = Some(d.select_assign(0, rows, piece, burn::tensor::IndexingUpdateOp::Add)),
@@ -262,6 +281,7 @@ impl<'a> Pass<'a> {
         inputs: &Inputs,
         key: u64,
         into: &mut Accumulated,
+        optimizer: &mut Optimizer,
     ) -> Option<Tensor<2>> {
         let Pending { input, graph } = pending;
         let (lifted, input, out) = match graph {
@@ -269,14 +289,19 @@ impl<'a> Pass<'a> {
             None => {
                 self.seed_dropout(key, index);
                 let config = &self.decoder.config;
-                let lifted = self.decoder.model.layers[index].clone().train();
+                let lifted = self.lifted(index);
                 let input = self.lift(input, index);
                 let out = lifted.forward(input.clone(), inputs, config, config.layers[index], true, None);
                 (lifted, input, out)
             }
         };
         let mut gradients = kernels::backward_from(out, Tensor::from_inner(gradient));
-        parameters::take_gradients(&lifted, &format!("model.layers.{index}"), &mut gradients, &mut into.gradients);
+        let block = format!("model.layers.{index}");
+        parameters::take_gradients(&lifted, &block, &mut gradients, &mut into.gradients);
+        for (name, projection) in lifted.projections() {
+            take_factors(projection, &format!("{block}.{name}"), &mut gradients, into, optimizer);
+        }
+        into.weigh();
         input.grad_remove(&mut gradients)
     }
 
@@ -285,16 +310,39 @@ impl<'a> Pass<'a> {
         let out = lifted.forward(inputs, &self.decoder.config, self.decoder.compute);
         let mut gradients = kernels::backward_from(out, Tensor::from_inner(gradient));
         parameters::take_gradients(&lifted, "model.embed_tokens", &mut gradients, &mut into.gradients);
+        into.weigh();
+    }
+}
+
+/// Shows the optimiser the factors of a gradient where it asked for them, and adds what it makes of them.
+fn take_factors(
+    projection: &Projection,
+    module: &str,
+    gradients: &mut Gradients,
+    into: &mut Accumulated,
+    optimizer: &mut Optimizer,
+) {
+    if let Some((x, dy)) = projection.take_factors(gradients) {
+        let name = format!("{module}.weight");
+        let collected = optimizer.observe(&name, x, dy);
+        parameters::add(&mut into.gradients, name, collected);
     }
 }
 
 /// The head's parameters under their checkpoint names.
-fn take_head_gradients(lifted: &lowrank_models::decoder::Head, gradients: &mut Gradients, into: &mut Accumulated) {
+fn take_head_gradients(
+    lifted: &lowrank_models::decoder::Head,
+    gradients: &mut Gradients,
+    into: &mut Accumulated,
+    optimizer: &mut Optimizer,
+) {
     parameters::take_gradients(&lifted.norm, "model.norm", gradients, &mut into.gradients);
     if let Some(head) = &lifted.lm_head {
         parameters::take_gradients(head, "lm_head", gradients, &mut into.gradients);
+        take_factors(head, "lm_head", gradients, into, optimizer);
     }
     if let Some(tied) = &lifted.tied {
         parameters::take_gradients(tied, "model.embed_tokens.weight", gradients, &mut into.gradients);
     }
+    into.weigh();
 }

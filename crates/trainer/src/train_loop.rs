@@ -1,36 +1,35 @@
 //! The training loop on one page: batches, forward and backward, clip, update, log, evaluate, save.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use lowrank_core::optim::adamw::StepRule;
-use lowrank_core::optim::{AdamW, AdamWConfig, Schedule, ScheduleKind};
+use lowrank_core::optim::{Collect, Optimizer, Schedule, ScheduleKind};
+use lowrank_core::projection::Gradient;
+use lowrank_models::adapters::for_each_projection;
 use lowrank_models::{Batch, parameters};
 use regex::RegexSet;
 
 use crate::checkpoint::{self, Counters, Exact};
-use crate::config::{AdapterConfig, LoraConfig, OnNonFinite, OptimizerConfig, RunConfig, Scheduler};
+use crate::config::{AdapterConfig, LoraConfig, OnNonFinite, RunConfig, Scheduler};
 use crate::data::{Evaluation, Loader};
 use crate::error::Problem;
 use crate::evaluate::{self, Question};
-use crate::metrics::{EvalLine, Line, MetricsLog, SummaryLine, TrainLine, process_memory};
+use crate::metrics::{EvalLine, Line, MetricsLog, SubspaceLine, SummaryLine, TrainLine, process_memory};
 use crate::progress::Progress;
 use crate::run_dir::RunDir;
 use crate::session::Session;
-use crate::step::{Accumulated, Immediate, Pass, StepOptions, apply, default_head_chunk};
+use crate::step::{Accumulated, Pass, Rules, StepOptions, apply, default_head_chunk};
 use crate::tensorboard::EventWriter;
-
-/// The optimiser's hyper-parameters of a run.
-fn adamw(config: &RunConfig) -> &crate::config::AdamWConfig {
-    let OptimizerConfig::Adamw(adamw) = &config.optimizer;
-    adamw
-}
 
 /// Learning rate and decay of every parameter at any step.
 pub struct Rates {
     schedule: Schedule,
     learning_rate: f64,
+    /// Learning rate of parameters that a low-rank method does not manage.
+    plain: f64,
     weight_decay: f64,
     no_decay: RegexSet,
     /// LoRA+: factor of B, and the learning rate of embedding factors.
@@ -43,7 +42,7 @@ impl Rates {
     /// # Errors
     /// `no_decay` holds something that is no regular expression.
     pub fn new(config: &RunConfig, total_steps: u64) -> Result<Self, Problem> {
-        let (training, adamw) = (&config.training, adamw(config));
+        let (training, optimizer) = (&config.training, config.optimizer.common());
         let kind = match training.lr_scheduler {
             Scheduler::Constant => ScheduleKind::Constant,
             Scheduler::Linear => ScheduleKind::Linear,
@@ -58,15 +57,16 @@ impl Rates {
             warmup_steps: training.warmup(total_steps) as usize,
             min_ratio: training.min_lr_ratio,
         };
-        let no_decay = RegexSet::new(&adamw.no_decay)
-            .map_err(|error| Problem::config("optimizer.adamw.no_decay holds no regular expression").source(error))?;
+        let no_decay = RegexSet::new(optimizer.no_decay)
+            .map_err(|error| Problem::config("no_decay of the optimizer holds no regular expression").source(error))?;
         let plus = match &config.adapter {
             Some(AdapterConfig::Lora(LoraConfig { loraplus_lr_ratio: Some(ratio), loraplus_lr_embedding, .. })) => {
-                Some((*ratio, loraplus_lr_embedding.unwrap_or(adamw.learning_rate)))
+                Some((*ratio, loraplus_lr_embedding.unwrap_or(optimizer.learning_rate)))
             }
             _ => None,
         };
-        Ok(Self { schedule, learning_rate: adamw.learning_rate, weight_decay: adamw.weight_decay, no_decay, plus })
+        let (learning_rate, plain) = (optimizer.learning_rate, optimizer.plain_learning_rate);
+        Ok(Self { schedule, learning_rate, plain, weight_decay: optimizer.weight_decay, no_decay, plus })
     }
 
     /// The base learning rate at a step, counted from 0.
@@ -76,7 +76,8 @@ impl Rates {
 
     /// Rate and decay of one parameter. LoRA+ (arXiv 2402.12354): B, and vectors trained beside the adapter, learn at
     /// `ratio` times the rate; vectors are then not decayed.
-    pub fn rule(&self, name: &str, step: u64, gradient_scale: f64) -> StepRule {
+    /// `is_managed`: a low-rank method has the parameter.
+    pub fn rule(&self, name: &str, is_managed: bool, step: u64, gradient_scale: f64) -> StepRule {
         let factor = self.schedule.factor(step as usize);
         let is_embedding = name.starts_with("model.embed_tokens.delta");
         let is_vector = name.ends_with("norm.weight") || name.ends_with(".bias");
@@ -84,7 +85,8 @@ impl Rates {
             Some((_, embedding)) if is_embedding => (embedding, true),
             Some((ratio, _)) if name.ends_with(".delta.up") => (self.learning_rate * ratio, true),
             Some((ratio, _)) if is_vector => (self.learning_rate * ratio, false),
-            _ => (self.learning_rate, true),
+            _ if is_managed => (self.learning_rate, true),
+            _ => (self.plain, true),
         };
         let weight_decay = if decays && !self.no_decay.is_match(name) { self.weight_decay } else { 0.0 };
         StepRule { learning_rate: rate * factor, weight_decay, gradient_scale }
@@ -100,20 +102,24 @@ pub struct StepReport {
     pub grad_norm: f64,
     /// Whether the update was made.
     pub applied: bool,
+    /// Most bytes of gradients that existed at the same time.
+    pub gradient_bytes: usize,
 }
 
 /// The numbers one optimiser step needs.
 pub struct StepPlan<'a> {
     /// How the passes are made.
     pub options: StepOptions,
+    /// Number of the step, from 0.
+    pub step: u64,
     /// Largest gradient norm; 0 for no clipping.
     pub max_grad_norm: f64,
     /// Denominator of each micro batch's loss.
     pub denominators: &'a [f64],
     /// Number of the first micro batch of this step within the run.
     pub first_key: u64,
-    /// Rate and decay by name, for a gradient scale.
-    pub rule: &'a dyn Fn(&str, f64) -> StepRule,
+    /// Rate and decay by name, whether a low-rank method has the parameter, and gradient scale.
+    pub rule: &'a dyn Fn(&str, bool, f64) -> StepRule,
     /// Update segments while the backward pass goes on: needs a single micro batch and no clipping.
     pub immediate: bool,
 }
@@ -122,26 +128,55 @@ pub struct StepPlan<'a> {
 /// already made then; its run must stop).
 pub fn optimizer_step(
     decoder: &mut lowrank_models::Decoder,
-    optimizer: &mut AdamW,
+    optimizer: &mut Optimizer,
     batches: &[Batch],
     plan: &StepPlan<'_>,
 ) -> StepReport {
     let mut accumulated = Accumulated::default();
-    let unscaled = |name: &str| (plan.rule)(name, 1.0);
+    let managed: BTreeSet<String> = prepare(decoder, optimizer, batches, plan);
+    let unscaled = |name: &str| (plan.rule)(name, managed.contains(name), 1.0);
     let mut loss = 0.0;
     let mut pass = Pass::new(decoder, plan.options);
     for (index, batch) in batches.iter().enumerate() {
-        let immediate = plan.immediate.then_some(()).map(|()| Immediate { optimizer, rules: &unscaled });
-        let sum = pass.run(batch, plan.denominators[index], plan.first_key + index as u64, &mut accumulated, immediate);
+        let immediate: Option<Rules<'_>> = if plan.immediate { Some(&unscaled) } else { None };
+        let (denominator, key) = (plan.denominators[index], plan.first_key + index as u64);
+        let sum = pass.run(batch, denominator, key, &mut accumulated, optimizer, immediate);
         loss += sum / plan.denominators[index];
     }
-    let grad_norm = accumulated.norm();
+    let grad_norm = accumulated.norm(optimizer);
+    let gradient_bytes = accumulated.peak_bytes;
     let applied = loss.is_finite() && grad_norm.is_finite();
     if applied {
         let clip = if plan.max_grad_norm > 0.0 { (plan.max_grad_norm / (grad_norm + 1e-6)).min(1.0) } else { 1.0 };
-        apply(decoder, &mut accumulated, optimizer, &|name| (plan.rule)(name, clip));
+        apply(decoder, &mut accumulated, optimizer, &|name| (plan.rule)(name, managed.contains(name), clip));
     }
-    StepReport { loss, grad_norm, applied }
+    StepReport { loss, grad_norm, applied, gradient_bytes }
+}
+
+/// Asks the optimiser what the backward passes shall hand over, and tells the linear layers. Returns the names of the
+/// parameters that low-rank methods have.
+fn prepare(
+    decoder: &mut lowrank_models::Decoder,
+    optimizer: &mut Optimizer,
+    batches: &[Batch],
+    plan: &StepPlan<'_>,
+) -> BTreeSet<String> {
+    // The head's gradient comes in chunks, each of which counts as a micro batch.
+    let chunk = plan.options.head_chunk_tokens.max(1);
+    let chunks: usize = batches.iter().map(|batch| batch.target_count().div_ceil(chunk)).sum();
+    let passes = |name: &str| if name.starts_with("lm_head") { chunks } else { batches.len() };
+    let mut collect = optimizer.begin(plan.step, &passes);
+    let managed = collect.keys().cloned().collect();
+    for_each_projection(decoder, |module, projection| {
+        if let Some(collect) = collect.remove(&format!("{module}.weight")) {
+            projection.gradient = match collect {
+                Collect::Full => Gradient::Full,
+                Collect::Projected { left, right } => Gradient::Projected { left, right },
+                Collect::Factors => Gradient::Factors(None),
+            };
+        }
+    });
+    managed
 }
 
 /// A run between two steps.
@@ -161,7 +196,7 @@ pub struct Run<'a> {
     /// Held-out questions for exact match.
     pub questions: Vec<Question>,
     /// Optimiser state.
-    pub optimizer: AdamW,
+    pub optimizer: Optimizer,
     /// Where the run stands.
     pub counters: Counters,
     /// Steps of the whole run.
@@ -181,12 +216,6 @@ pub enum Outcome {
     Finished(&'static str),
     /// A signal; a checkpoint was written.
     Interrupted,
-}
-
-/// The optimiser of a run.
-pub fn optimizer(config: &RunConfig) -> AdamW {
-    let adamw = adamw(config);
-    AdamW::new(AdamWConfig { betas: (adamw.betas[0], adamw.betas[1]), eps: adamw.eps })
 }
 
 impl Run<'_> {
@@ -240,7 +269,8 @@ impl Run<'_> {
     fn step(&mut self, rates: &Rates, progress: &Progress) -> Result<(), Problem> {
         let started = Instant::now();
         let training = &self.config.training;
-        let batches: Vec<Batch> = (0..training.gradient_accumulation_steps).map(|_| self.loader.next_batch()).collect();
+        let wanted = 0..training.gradient_accumulation_steps;
+        let batches = wanted.map(|_| self.loader.next_batch()).collect::<Result<Vec<Batch>, _>>()?;
         let targets: usize = batches.iter().map(Batch::target_count).sum();
         let denominators = vec![targets.max(1) as f64; batches.len()];
         let step = self.counters.step;
@@ -253,10 +283,9 @@ impl Run<'_> {
             max_grad_norm: training.max_grad_norm,
             denominators: &denominators,
             first_key: self.counters.micro_batches,
-            rule: &|name, scale| rates.rule(name, step, scale),
-            immediate: batches.len() == 1
-                && training.max_grad_norm == 0.0
-                && training.on_non_finite == OnNonFinite::Stop,
+            step,
+            rule: &|name, is_managed, scale| rates.rule(name, is_managed, step, scale),
+            immediate: crate::optimizer::updates_immediately(self.config),
         };
         let report = optimizer_step(&mut self.session.decoder, &mut self.optimizer, &batches, &plan);
         if !report.applied {
@@ -271,6 +300,7 @@ impl Run<'_> {
         let is_last = self.counters.step == self.total_steps;
         if is_last || step == 0 || self.counters.step.is_multiple_of(self.config.logging.logging_steps) {
             let seconds = started.elapsed().as_secs_f64();
+            let subspace = self.subspace();
             let line = Line::Train(TrainLine {
                 step: self.counters.step,
                 epoch: self.loader.progress(),
@@ -281,10 +311,31 @@ impl Run<'_> {
                 tokens_per_second: tokens as f64 / seconds,
                 step_ms: seconds * 1e3,
                 memory_bytes: process_memory().current_bytes,
+                gradient_bytes: report.gradient_bytes as u64,
+                optimizer_bytes: self.optimizer.state_bytes() as u64,
+                subspace,
             });
             self.record(&line, progress)?;
         }
         Ok(())
+    }
+
+    /// What the low-rank methods tell together: mean captured energy and overlap, all refreshes.
+    fn subspace(&self) -> Option<SubspaceLine> {
+        let reports = self.optimizer.reports();
+        if reports.is_empty() {
+            return None;
+        }
+        let mean = |values: Vec<f64>| match values.len() {
+            0 => None,
+            count => Some(values.iter().sum::<f64>() / count as f64),
+        };
+        Some(SubspaceLine {
+            captured_energy: mean(reports.values().filter_map(|report| report.energy).collect()),
+            subspace_overlap: mean(reports.values().filter_map(|report| report.overlap).collect()),
+            refreshes: reports.values().map(|report| report.refreshes).sum(),
+            refresh_seconds: reports.values().map(|report| report.refresh_seconds).sum(),
+        })
     }
 
     fn head_chunk_tokens(&self) -> usize {
@@ -307,7 +358,7 @@ impl Run<'_> {
         let mut records: Vec<u64> = batches.iter().flat_map(|batch| batch.records.iter().copied()).collect();
         records.sort_unstable();
         records.dedup();
-        let shown: Vec<String> = records.iter().take(8).map(|&r| self.loader.dataset().describe_record(r)).collect();
+        let shown: Vec<String> = records.iter().take(8).map(|&r| self.loader.describe_record(r)).collect();
         let more = if records.len() > shown.len() {
             format!(" and {} more", records.len() - shown.len())
         } else {
@@ -328,7 +379,7 @@ impl Run<'_> {
             None => "there is no checkpoint yet".to_owned(),
         };
         Err(Problem::run(format!("{what}; {good}"))
-            .hint("lower optimizer.adamw.learning_rate, look at the records, or set training.on_non_finite = \"skip\""))
+            .hint("lower the learning rate, look at the records, or set training.on_non_finite = \"skip\""))
     }
 
     fn evaluate(&mut self, progress: &Progress) -> Result<(), Problem> {

@@ -200,6 +200,64 @@ fn random(state: &mut u64) -> f64 {
     ((bits ^ (bits >> 31)) >> 11) as f64 / (1u64 << 53) as f64
 }
 
+/// What a low-rank run shares: three micro batches a step, clipping, a refresh every four steps.
+const LOW_RANK: &str = r#"
+[training]
+max_steps = 14
+gradient_accumulation_steps = 3
+lr_scheduler = "cosine"
+warmup_steps = 2
+eval_steps = 6
+save_steps = 1
+save_total_limit = 2
+"#;
+
+/// As soon as a layer has its gradient it is updated.
+const LOW_RANK_AT_ONCE: &str = r#"
+[training]
+max_steps = 14
+max_grad_norm = 0
+gradient_checkpointing = "block"
+eval_steps = 6
+save_steps = 3
+save_total_limit = 2
+"#;
+
+/// Killed inside a gap, at a refresh and inside an accumulation, with every method: the model, the metrics (captured energy,
+/// overlap and refreshes among them) and the checkpoints are those of the run that was never killed.
+#[test]
+fn killed_runs_of_every_low_rank_method_give_the_same_bits() {
+    let galore = "rank = 8, update_proj_gap = 4, learning_rate = 5e-3";
+    let methods = [
+        format!("galore = {{ {galore} }}"),
+        format!("galore = {{ {galore}, proj_type = \"full\", accumulation = \"dense\", moments = \"rotate\" }}"),
+        format!("galore = {{ {galore}, exact = true, inner = \"adafactor\", momentum = 0.9 }}"),
+        format!("galore = {{ {galore}, proj_type = \"output\", inner = \"adamw8bit\", weights = \"bf16\" }}"),
+        "q_galore = { rank = 8, update_proj_gap = 2, queue_size = 2, cos_threshold = 0.01 }".to_owned(),
+        "dct_adamw = { rank = 8, update_proj_gap = 4, projected = true }".to_owned(),
+        "dct_adamw = { rank = 8, error_feedback = true }".to_owned(),
+        "apollo = { rank = 4, update_proj_gap = 4 }".to_owned(),
+        "fira = { rank = 8, update_proj_gap = 4, learning_rate = 5e-3 }".to_owned(),
+        "ldadam = { rank = 8 }".to_owned(),
+    ];
+    for (number, method) in methods.iter().enumerate() {
+        // Every method once with accumulation and clipping, the first two also updated at once.
+        let schemes = if number < 2 { &[LOW_RANK, LOW_RANK_AT_ONCE][..] } else { &[LOW_RANK][..] };
+        for scheme in schemes {
+            let scene = Scene::new(&format!("[optimizer]\n{method}\n{scheme}"));
+            scene.finish("whole", &[]);
+            for line in [2, 5, 10] {
+                let mut child = scene.start("killed", &[RESUME]);
+                scene.wait_for_lines("killed", &mut child, line);
+                std::thread::sleep(Duration::from_millis(3 + 2 * line as u64)); // somewhere within the next step
+                assert!(kill(&mut child), "{method}: the kill at line {line} came after the end");
+            }
+            scene.finish("killed", &[RESUME]);
+            scene.assert_same("killed", "whole", &["model/model.safetensors"]);
+        }
+    }
+}
+
 /// Every other kill waits for the moment at which a checkpoint is being written.
 #[test]
 fn killed_ten_times_gives_the_same_bits() {

@@ -1,11 +1,21 @@
-//! AdamW: decoupled weight decay (arXiv 1711.05101), equal to `torch.optim.AdamW`.
+//! AdamW: decoupled weight decay (arXiv 1711.05101), equal to `torch.optim.AdamW`, or in the form of the GaLore family.
 //!
 //! The update is in [`lowrank_kernels::adamw`]. State: two f32 moments, 8 bytes a trained value.
+//!
+//! | form | step | decay |
+//! | --- | --- | --- |
+//! | torch | `lr (m / c1) / (sqrt(v / c2) + eps)` | before the update |
+//! | HF | `lr sqrt(c2) / c1 * m / (sqrt(v) + eps)` | after the update, on the updated weight |
+//!
+//! The steps are equal where `eps_torch = eps_hf / sqrt(c2)`, with `c1 = 1 - b1^t` and `c2 = 1 - b2^t`.
 
 use std::collections::BTreeMap;
 
 use burn::tensor::Tensor;
 use lowrank_kernels as kernels;
+
+use super::State;
+use super::rules::AdamForm;
 
 /// Hyper-parameters, with torch's defaults (weight decay: off).
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -14,11 +24,13 @@ pub struct AdamWConfig {
     pub betas: (f64, f64),
     /// Added to the root of the corrected second moment.
     pub eps: f64,
+    /// Where eps is added and when the weight decays.
+    pub form: AdamForm,
 }
 
 impl Default for AdamWConfig {
     fn default() -> Self {
-        Self { betas: (0.9, 0.999), eps: 1e-8 }
+        Self { betas: (0.9, 0.999), eps: 1e-8, form: AdamForm::Torch }
     }
 }
 
@@ -52,6 +64,14 @@ pub struct StepRule {
     pub gradient_scale: f64,
 }
 
+/// The eps of torch's form that makes the same step.
+fn torch_eps(config: AdamWConfig, step: u32) -> f64 {
+    match config.form {
+        AdamForm::Torch => config.eps,
+        AdamForm::Hf => config.eps / (1.0 - config.betas.1.powi(step as i32)).sqrt(),
+    }
+}
+
 impl AdamW {
     /// An optimiser without state.
     pub fn new(config: AdamWConfig) -> Self {
@@ -66,17 +86,42 @@ impl AdamW {
             step: 0,
         });
         let step = step + 1;
-        let rule = kernels::AdamW {
+        let decays_after = self.config.form == AdamForm::Hf;
+        let update = kernels::AdamW {
             learning_rate: rule.learning_rate,
             betas: self.config.betas,
-            eps: self.config.eps,
-            weight_decay: rule.weight_decay,
+            eps: torch_eps(self.config, step),
+            weight_decay: if decays_after { 0.0 } else { rule.weight_decay },
             step,
             gradient_scale: rule.gradient_scale,
         };
-        let (parameter, first, second) = kernels::adamw(parameter, first, second, gradient, rule);
+        let (parameter, first, second) = kernels::adamw(parameter, first, second, gradient, update);
         self.state.insert(name.to_owned(), Moments { first, second, step });
-        parameter
+        let decay = rule.learning_rate * rule.weight_decay;
+        if decays_after && decay > 0.0 { parameter * (1.0 - decay) } else { parameter }
+    }
+
+    /// The state of every parameter for a checkpoint.
+    pub fn save(&self) -> BTreeMap<String, State> {
+        let state = |moments: &Moments| {
+            let mut state = State::default();
+            state.tensors.insert("first".to_owned(), moments.first.clone());
+            state.tensors.insert("second".to_owned(), moments.second.clone());
+            state.numbers.insert("step".to_owned(), u64::from(moments.step));
+            state
+        };
+        self.state.iter().map(|(name, moments)| (name.clone(), state(moments))).collect()
+    }
+
+    /// Restores one parameter of the given shape.
+    ///
+    /// # Errors
+    /// Something is missing or has another shape.
+    pub fn restore(&mut self, name: &str, dims: [usize; 2], mut state: State) -> Result<(), String> {
+        let (first, second) = (state.tensor("first", dims)?, state.tensor("second", dims)?);
+        let step = state.number("step")? as u32;
+        self.state.insert(name.to_owned(), Moments { first, second, step });
+        Ok(())
     }
 
     /// Bytes of all moments.

@@ -1,10 +1,312 @@
-//! Optimisers: one file each, one row in [`METHODS`]. They see every parameter as a matrix and know it by name.
+//! Optimisers: one file each, one row in [`METHODS`].
+//!
+//! Every trained parameter is a matrix with a name. [`Optimizer`] holds the state of all of them: matrices that a low-rank
+//! method manages ([`MatrixOptimizer`]) and the others, which get [`AdamW`]. A low-rank method decides before each step what
+//! the backward passes shall hand over for its matrix ([`Collect`]): the dense gradient, a projected one, or its two factors.
+//!
+//! | part | what |
+//! | --- | --- |
+//! | [`subspace`] | sides and bases |
+//! | [`rules`] | what turns a (projected) gradient into a step: AdamW, 8-bit AdamW, Adafactor, SGD, Muon |
+//! | [`galore`], [`q_galore`], [`dct_adamw`], [`apollo`], [`fira`], [`ldadam`] | methods on one matrix |
 
 pub mod adamw;
+pub mod apollo;
+pub mod dct_adamw;
+pub mod fira;
+pub mod galore;
+pub mod ldadam;
+pub mod q_galore;
+pub mod rules;
 pub mod schedule;
+pub mod subspace;
 
-pub use adamw::{AdamW, AdamWConfig};
+use std::collections::BTreeMap;
+
+use burn::tensor::{FloatDType, Tensor, TensorData};
+use lowrank_kernels as kernels;
+
+pub use adamw::{AdamW, AdamWConfig, StepRule};
+pub use galore::{Galore, GaloreConfig};
+pub use rules::{AdamForm, RuleConfig};
 pub use schedule::{Schedule, ScheduleKind};
+pub use subspace::{Basis, ProjType, Side};
 
-/// Name (its config key and file), paper, state bytes per trained value.
-pub const METHODS: &[(&str, &str, &str)] = &[("adamw", "AdamW, arXiv 1711.05101, as torch.optim.AdamW", "8")];
+use crate::linalg;
+use crate::lowrank::cast;
+use crate::quant::{Groups, Rounding};
+use crate::random::Stream;
+
+/// Name (its config key and file), what it is, state values per matrix `[m, n]` at rank r with its basis on the input side.
+pub const METHODS: &[(&str, &str, &str)] = &[
+    ("adamw", "AdamW, arXiv 1711.05101, as torch.optim.AdamW", "2 m n"),
+    ("galore", "GaLore, arXiv 2403.03507, with projected backward or published", "m r + 2 r n"),
+    (
+        "q_galore",
+        "Q-GaLore, arXiv 2407.08296: int4 basis, lazy refresh, 8-bit Adam, rounded weights",
+        "m r / 8 + r n / 2",
+    ),
+    ("dct_adamw", "DCT projection with column selection, arXiv 2505.17967", "2 r n"),
+    ("apollo", "APOLLO, arXiv 2412.05270: random projection, channel-wise scaling", "2 r n"),
+    ("apollo_mini", "APOLLO-Mini, arXiv 2412.05270: rank 1, one scale per matrix", "2 n"),
+    ("fira", "Fira, arXiv 2410.01623: GaLore plus the scaled rest", "m r + 2 r n"),
+    ("ldadam", "LDAdam, arXiv 2410.16103: a new basis every step, error feedback", "m n + m r + 2 r n"),
+];
+
+/// What the backward passes of a step hand over for one matrix `W [m, n]`.
+#[derive(Clone, Debug)]
+pub enum Collect {
+    /// `dW`, `[m, n]`.
+    Full,
+    /// `left^T dW right`, formed without `dW`.
+    Projected {
+        /// P, `[m, r]`.
+        left: Option<Tensor<2>>,
+        /// Q, `[n, r]`.
+        right: Option<Tensor<2>>,
+    },
+    /// x `[t, m]` and dy `[t, n]` with `dW = x^T dy`, for [`MatrixOptimizer::observe`].
+    Factors,
+}
+
+/// The state of one parameter as it goes to a checkpoint. Floats among the numbers are stored by their bits.
+#[derive(Clone, Debug, Default)]
+pub struct State {
+    /// Matrices in f32.
+    pub tensors: BTreeMap<String, Tensor<2>>,
+    /// Codes.
+    pub bytes: BTreeMap<String, Vec<u8>>,
+    /// Counters, and floats by their bits.
+    pub numbers: BTreeMap<String, u64>,
+}
+
+impl State {
+    /// A number.
+    ///
+    /// # Errors
+    /// It is missing.
+    pub fn number(&self, key: &str) -> Result<u64, String> {
+        self.numbers.get(key).copied().ok_or_else(|| format!("{key} is missing"))
+    }
+
+    /// Takes a matrix out.
+    ///
+    /// # Errors
+    /// It is missing or has another shape.
+    pub fn tensor(&mut self, key: &str, dims: [usize; 2]) -> Result<Tensor<2>, String> {
+        self.optional_tensor(key, dims)?.ok_or_else(|| format!("{key} is missing"))
+    }
+
+    /// Takes a matrix out where there is one.
+    ///
+    /// # Errors
+    /// It has another shape.
+    pub fn optional_tensor(&mut self, key: &str, dims: [usize; 2]) -> Result<Option<Tensor<2>>, String> {
+        match self.tensors.remove(key) {
+            Some(tensor) if tensor.dims() != dims => {
+                Err(format!("{key} has shape {:?}, expected {dims:?}", tensor.dims()))
+            }
+            found => Ok(found),
+        }
+    }
+}
+
+/// What a method tells of one matrix.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Report {
+    /// Share of the gradient's energy inside the subspace, `||R||^2 / ||G||^2`, in the last step.
+    pub energy: Option<f64>,
+    /// Bases chosen so far.
+    pub refreshes: u64,
+    /// Time spent on choosing them since the program started.
+    pub refresh_seconds: f64,
+    /// `||P_new^T P_old||^2 / r` at the last change of the basis: 1 where the subspace stayed.
+    pub overlap: Option<f64>,
+}
+
+/// A low-rank method on one matrix.
+pub trait MatrixOptimizer: std::fmt::Debug + Send {
+    /// Says what the backward passes of the coming step shall hand over.
+    fn collect(&mut self, micro_batches: usize) -> Collect {
+        let _ = micro_batches;
+        Collect::Full
+    }
+
+    /// Sees the factors x `[t, m]` and dy `[t, n]` of one micro batch and returns what it collects of them. Only called
+    /// where [`MatrixOptimizer::collect`] asked for [`Collect::Factors`].
+    fn observe(&mut self, x: Tensor<2>, dy: Tensor<2>) -> Tensor<2> {
+        kernels::gemm(x.transpose(), dy, None, 1.0)
+    }
+
+    /// Square of the norm of the whole gradient, known or estimated from what was collected, `[1]`.
+    fn squared_norm(&self, collected: &Tensor<2>) -> Tensor<1> {
+        kernels::sum_squares(collected.clone())
+    }
+
+    /// The new weight `[m, n]` (f32) after a step with the sum of what was collected.
+    fn step(&mut self, weight: Tensor<2>, collected: Tensor<2>, rule: StepRule) -> Tensor<2>;
+
+    /// The state for a checkpoint.
+    fn save(&self) -> State;
+
+    /// Goes on from a saved state, to the bit.
+    ///
+    /// # Errors
+    /// Names what is missing or does not fit.
+    fn restore(&mut self, state: State) -> Result<(), String>;
+
+    /// What it has to tell.
+    fn report(&self) -> Report {
+        Report::default()
+    }
+
+    /// Bytes of the state.
+    fn state_bytes(&self) -> usize;
+}
+
+/// How trained matrices of a low-rank method are stored between steps.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Weights {
+    /// f32.
+    #[default]
+    F32,
+    /// bf16 with stochastic rounding after each step, so that updates below half a unit in the last place are not lost.
+    Bf16,
+    /// The values of 8-bit codes in groups with a scale and a zero, rounded stochastically after each step (Q-GaLore).
+    Int8 {
+        /// Values that share a scale.
+        group: usize,
+    },
+}
+
+/// The optimiser of a run: the state of every trained parameter.
+#[derive(Debug)]
+pub struct Optimizer {
+    plain: AdamW,
+    matrices: BTreeMap<String, Box<dyn MatrixOptimizer>>,
+    /// Overlaps reported before the program was last started, until a method has one of its own.
+    overlaps: BTreeMap<String, f64>,
+    weights: Weights,
+    seed: u64,
+    step: u64,
+}
+
+impl Optimizer {
+    /// AdamW for every parameter.
+    pub fn adamw(config: AdamWConfig) -> Self {
+        Self {
+            plain: AdamW::new(config),
+            matrices: BTreeMap::new(),
+            overlaps: BTreeMap::new(),
+            weights: Weights::F32,
+            seed: 0,
+            step: 0,
+        }
+    }
+
+    /// The format of managed weights between steps; `seed` is that of the rounding.
+    #[must_use]
+    pub fn with_weights(mut self, weights: Weights, seed: u64) -> Self {
+        (self.weights, self.seed) = (weights, seed);
+        self
+    }
+
+    /// Gives the parameter `name` to a low-rank method.
+    pub fn manage(&mut self, name: &str, method: Box<dyn MatrixOptimizer>) {
+        self.matrices.insert(name.to_owned(), method);
+    }
+
+    /// Whether a low-rank method has the parameter.
+    pub fn manages(&self, name: &str) -> bool {
+        self.matrices.contains_key(name)
+    }
+
+    /// Starts step number `step` (from 0); `passes` tells in how many parts the gradient of a matrix will come. Says what each
+    /// managed matrix wants collected.
+    pub fn begin(&mut self, step: u64, passes: &dyn Fn(&str) -> usize) -> BTreeMap<String, Collect> {
+        self.step = step;
+        let collect =
+            |(name, method): (&String, &mut Box<dyn MatrixOptimizer>)| (name.clone(), method.collect(passes(name)));
+        self.matrices.iter_mut().map(collect).collect()
+    }
+
+    /// Shows a managed matrix the factors of its gradient; returns what is to be accumulated.
+    pub fn observe(&mut self, name: &str, x: Tensor<2>, dy: Tensor<2>) -> Tensor<2> {
+        match self.matrices.get_mut(name) {
+            Some(method) => method.observe(x, dy),
+            None => kernels::gemm(x.transpose(), dy, None, 1.0),
+        }
+    }
+
+    /// Square of the norm of a parameter's gradient, `[1]`.
+    pub fn squared_norm(&self, name: &str, collected: &Tensor<2>) -> Tensor<1> {
+        match self.matrices.get(name) {
+            Some(method) => method.squared_norm(collected),
+            None => kernels::sum_squares(collected.clone()),
+        }
+    }
+
+    /// The new value of a parameter, in the type it had.
+    pub fn step(&mut self, name: &str, parameter: Tensor<2>, collected: Tensor<2>, rule: StepRule) -> Tensor<2> {
+        let Some(method) = self.matrices.get_mut(name) else {
+            return self.plain.step(name, parameter, collected, rule);
+        };
+        let dtype = FloatDType::from(parameter.dtype());
+        let updated = method.step(cast(parameter, FloatDType::F32), collected, rule);
+        let stream = Stream::new(self.seed, name);
+        match self.weights {
+            Weights::F32 => updated,
+            Weights::Bf16 => kernels::stochastic_round(updated, dtype, stream.bits(self.step)),
+            Weights::Int8 { group } => {
+                let (dims, device) = (updated.dims(), updated.device());
+                let first = self.step * (dims[0] * dims[1]) as u64;
+                let rounding = Rounding::Stochastic { stream, first };
+                let groups = Groups::quantise_with(&linalg::host(updated), 8, group, rounding);
+                Tensor::from_data(TensorData::new(groups.dequantise(), dims), &device)
+            }
+        }
+    }
+
+    /// The state of every parameter by name.
+    pub fn save(&self) -> BTreeMap<String, State> {
+        let mut states = self.plain.save();
+        let reports = self.reports();
+        states.extend(self.matrices.iter().map(|(name, method)| {
+            let mut state = method.save();
+            if let Some(overlap) = reports.get(name.as_str()).and_then(|report| report.overlap) {
+                state.numbers.insert("reported_overlap".to_owned(), overlap.to_bits());
+            }
+            (name.clone(), state)
+        }));
+        states
+    }
+
+    /// Restores one parameter of the given shape.
+    ///
+    /// # Errors
+    /// The state does not fit the method.
+    pub fn restore(&mut self, name: &str, dims: [usize; 2], mut state: State) -> Result<(), String> {
+        if let Some(overlap) = state.numbers.remove("reported_overlap") {
+            self.overlaps.insert(name.to_owned(), f64::from_bits(overlap));
+        }
+        match self.matrices.get_mut(name) {
+            Some(method) => method.restore(state),
+            None => self.plain.restore(name, dims, state),
+        }
+    }
+
+    /// What the low-rank methods tell, by parameter.
+    pub fn reports(&self) -> BTreeMap<&str, Report> {
+        let report = |(name, method): (&'_ String, &Box<dyn MatrixOptimizer>)| {
+            let mut report = method.report();
+            report.overlap = report.overlap.or_else(|| self.overlaps.get(name).copied());
+            report
+        };
+        self.matrices.iter().map(|entry| (entry.0.as_str(), report(entry))).collect()
+    }
+
+    /// Bytes of all state.
+    pub fn state_bytes(&self) -> usize {
+        self.plain.state_bytes() + self.matrices.values().map(|method| method.state_bytes()).sum::<usize>()
+    }
+}

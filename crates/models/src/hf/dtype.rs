@@ -5,7 +5,7 @@ use bytemuck::cast_slice;
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 
-/// A floating-point type that checkpoints are read and written in.
+/// A type that checkpoints are read and written in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Dtype {
     /// IEEE single precision, 4 bytes.
@@ -14,6 +14,8 @@ pub enum Dtype {
     F16,
     /// The upper half of an `F32`, 2 bytes.
     BF16,
+    /// Bytes: codes of quantised values, never a weight of its own.
+    U8,
 }
 
 impl Dtype {
@@ -22,6 +24,7 @@ impl Dtype {
         match self {
             Dtype::F32 => 4,
             Dtype::F16 | Dtype::BF16 => 2,
+            Dtype::U8 => 1,
         }
     }
 
@@ -31,6 +34,7 @@ impl Dtype {
             Dtype::F32 => "F32",
             Dtype::F16 => "F16",
             Dtype::BF16 => "BF16",
+            Dtype::U8 => "U8",
         }
     }
 
@@ -40,15 +44,17 @@ impl Dtype {
             Dtype::F32 => "float32",
             Dtype::F16 => "float16",
             Dtype::BF16 => "bfloat16",
+            Dtype::U8 => "uint8",
         }
     }
 
-    /// The type of a safetensors header, where it is one of the three.
+    /// The type of a safetensors header, where it is one of these.
     pub fn from_safetensors(dtype: safetensors::Dtype) -> Option<Self> {
         match dtype {
             safetensors::Dtype::F32 => Some(Dtype::F32),
             safetensors::Dtype::F16 => Some(Dtype::F16),
             safetensors::Dtype::BF16 => Some(Dtype::BF16),
+            safetensors::Dtype::U8 => Some(Dtype::U8),
             _ => None,
         }
     }
@@ -60,7 +66,7 @@ impl std::fmt::Display for Dtype {
     }
 }
 
-/// The values of `bytes` as `f32`; exact for all three types. Bytes beyond the last whole element are ignored.
+/// The values of `bytes` as `f32`; exact for all types. Bytes beyond the last whole element are ignored.
 pub fn to_f32(bytes: &[u8], dtype: Dtype) -> Vec<f32> {
     let whole = &bytes[..bytes.len() / dtype.size_bytes() * dtype.size_bytes()];
     match dtype {
@@ -80,6 +86,7 @@ pub fn to_f32(bytes: &[u8], dtype: Dtype) -> Vec<f32> {
                 halves.to_f32_vec()
             }
         },
+        Dtype::U8 => whole.iter().map(|&byte| f32::from(byte)).collect(),
     }
 }
 
@@ -99,6 +106,7 @@ pub fn from_f32(values: &[f32], dtype: Dtype) -> Vec<u8> {
             }
             bytes
         }
+        Dtype::U8 => values.iter().map(|&value| value.round_ties_even() as u8).collect(),
     }
 }
 

@@ -23,7 +23,7 @@ use super::{names_in, read_json_if_there};
 pub const TOKENIZER_FILE: &str = "tokenizer.json";
 
 /// A loaded tokenizer. Cheap to share between threads by reference.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Tokenizer {
     inner: tokenizers::Tokenizer,
     path: PathBuf,

@@ -17,6 +17,9 @@ pub struct Case {
     /// Its folder.
     #[serde(skip)]
     pub folder: PathBuf,
+    /// What kind of case it is.
+    #[serde(default)]
+    pub kind: String,
     /// Folder of the model, relative to that of all cases; a remark may follow.
     #[serde(default)]
     pub model: String,
@@ -195,6 +198,38 @@ fn default_eps() -> f64 {
     1e-8
 }
 
+/// Settings of a GaLore run.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct GaloreCase {
+    /// r.
+    pub rank: usize,
+    /// Steps between projections.
+    pub update_proj_gap: u64,
+    /// Factor of the update.
+    pub scale: f64,
+    /// Side, as galore-torch calls it.
+    pub proj_type: GaloreSide,
+    /// Sign of the singular vectors.
+    pub svd_sign: Option<String>,
+}
+
+/// Sides of the transposed gradient.
+#[derive(Clone, Copy, Debug, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum GaloreSide {
+    /// The smaller dimension.
+    Std,
+    /// The larger one.
+    ReverseStd,
+    /// The input side.
+    Right,
+    /// The output side.
+    Left,
+    /// Both.
+    Full,
+}
+
 /// How the micro batches of an update are averaged.
 #[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Eq)]
 #[serde(rename_all = "snake_case")]
@@ -254,7 +289,7 @@ impl Case {
         let text = std::fs::read_to_string(&path).map_err(|error| located(&error))?;
         let json: Value = serde_json::from_str(&text).map_err(|error| located(&error))?;
         match json["kind"].as_str() {
-            Some("forward" | "train") => {}
+            Some("forward" | "train" | "quant_8bit_blockwise" | "adamw_8bit") => {}
             kind => return Err(not_yet(kind.unwrap_or("a case without a kind"))),
         }
         let case: Self = serde_json::from_value(json).map_err(|error| located(&error))?;
@@ -275,7 +310,8 @@ impl Case {
         self.compute_dtype()?;
         let Some(train) = &self.train else { return Ok(()) };
         self.supported_method()?;
-        if train.optimizer.name.to_lowercase() != "adamw" {
+        let wanted = if self.galore()?.is_some() { "galore_adamw" } else { "adamw" };
+        if train.optimizer.name.to_lowercase() != wanted {
             return Err(not_yet(format!("the optimiser {}", train.optimizer.name)));
         }
         let speed_only = |key: &str| ["foreach", "fused", "capturable"].contains(&key);
@@ -294,6 +330,7 @@ impl Case {
                     None => Ok(()),
                 };
             }
+            Some("galore") => return self.galore().map(|_| ()),
             Some("lora") => {}
             other => return Err(not_yet(other.unwrap_or("a method without a type"))),
         }
@@ -316,7 +353,24 @@ impl Case {
 
     /// Whether the base is trained, and not an adapter.
     pub fn is_full(&self) -> bool {
-        self.method.get("type").and_then(Value::as_str) == Some("full")
+        matches!(self.method.get("type").and_then(Value::as_str), Some("full" | "galore"))
+    }
+
+    /// The settings of a case of GaLore.
+    ///
+    /// # Errors
+    /// A setting that is missing or not known.
+    pub fn galore(&self) -> Result<Option<GaloreCase>, Stop> {
+        if self.method.get("type").and_then(Value::as_str) != Some("galore") {
+            return Ok(None);
+        }
+        let remarks = |key: &str| ["type", "low_rank_parameters"].contains(&key);
+        let settings = self.method.iter().filter(|(key, _)| !remarks(key)).map(|(k, v)| (k.clone(), v.clone()));
+        let galore: GaloreCase = serde_json::from_value(Value::Object(settings.collect())).map_err(not_yet)?;
+        if galore.svd_sign.as_deref().is_some_and(|sign| sign != "max_abs_positive") {
+            return Err(not_yet("another convention for the signs of singular vectors"));
+        }
+        Ok(Some(galore))
     }
 
     /// Burn's name of the type that weights and activations have.

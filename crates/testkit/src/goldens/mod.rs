@@ -13,6 +13,7 @@
 pub mod case;
 pub mod checks;
 pub mod forward;
+pub mod quant;
 pub mod tensors;
 pub mod train;
 
@@ -152,7 +153,11 @@ pub fn run(folder: &Path, name: &str, options: &Options) -> Report {
 
 fn run_case(folder: &Path, name: &str, options: &Options, checks: &mut Checks) -> Result<(), Stop> {
     let case = Case::read(&folder.join(name))?;
-    case.supported()?;
+    match case.kind.as_str() {
+        "quant_8bit_blockwise" => return quant::run_quant8(&case, options, checks),
+        "adamw_8bit" => return quant::run_adamw8bit(&case, options, checks),
+        _ => case.supported()?,
+    }
     let model = model_folder(folder, &case.model, options)?;
     match case.train {
         Some(_) => train::run(&case, &model, options, checks),

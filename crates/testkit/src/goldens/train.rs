@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use lowrank_core::optim::adamw::StepRule;
-use lowrank_core::optim::{AdamW, AdamWConfig};
+use lowrank_core::optim::{AdamForm, AdamWConfig, Galore, GaloreConfig, Optimizer, ProjType, RuleConfig};
 use lowrank_models::adapters::{self, Attached};
 use lowrank_models::hf::peft::AdapterTensor;
 use lowrank_models::hf::{AdapterConfig, Checkpoint, Dtype, OutTensor};
@@ -14,7 +14,7 @@ use lowrank_train::evaluate::batch_loss;
 use lowrank_train::step::{Accumulated, Pass, StepOptions, default_head_chunk};
 use lowrank_train::train_loop::{StepPlan, optimizer_step};
 
-use super::case::{AccumMean, Case, Train};
+use super::case::{AccumMean, Case, GaloreSide, Train};
 use super::checks::{Checks, distance, norm};
 use super::forward::{Limits, load_model, logits, rows};
 use super::tensors::{self, Tensors, Values};
@@ -168,9 +168,10 @@ impl Run<'_> {
         }
         let (batches, denominators) = self.step_batches(0);
         let (batches, mut accumulated) = (batches.to_vec(), Accumulated::default());
+        let mut optimizer = Optimizer::adamw(AdamWConfig::default());
         let mut pass = Pass::new(&mut self.decoder, self.step_options);
         for (index, batch) in batches.iter().enumerate() {
-            pass.run(batch, denominators[index], index as u64, &mut accumulated, None);
+            pass.run(batch, denominators[index], index as u64, &mut accumulated, &mut optimizer, None);
         }
         let whole = norm(expected.values().flat_map(|values| values.data.iter().copied()));
         let mut got: BTreeMap<String, Vec<f32>> = BTreeMap::new();
@@ -196,15 +197,48 @@ impl Run<'_> {
         }
     }
 
+    /// The optimiser of the case. GaLore runs its published algorithm on the linear layers of the blocks.
+    fn optimizer(&mut self) -> Result<Optimizer, Stop> {
+        let settings = &self.train.optimizer;
+        let plain = AdamWConfig { betas: settings.betas, eps: settings.eps, form: AdamForm::Torch };
+        let Some(galore) = self.case.galore()? else { return Ok(Optimizer::adamw(plain)) };
+        let form = AdamForm::Hf;
+        let mut optimizer = Optimizer::adamw(AdamWConfig { form, ..plain });
+        let config = GaloreConfig {
+            rank: galore.rank,
+            update_proj_gap: galore.update_proj_gap,
+            scale: galore.scale,
+            proj_type: match galore.proj_type {
+                GaloreSide::Std => ProjType::Std,
+                GaloreSide::ReverseStd => ProjType::ReverseStd,
+                GaloreSide::Right => ProjType::Input,
+                GaloreSide::Left => ProjType::Output,
+                GaloreSide::Full => ProjType::Full,
+            },
+            exact: true,
+            align_sign: false,
+            rule: RuleConfig::AdamW { betas: settings.betas, eps: settings.eps, form },
+            ..GaloreConfig::default()
+        };
+        adapters::for_each_projection(&mut self.decoder, |module, projection| {
+            if module != "lm_head" {
+                let name = format!("{module}.weight");
+                let method = Galore::new(config.clone(), &name, 0, projection.dims(), 0);
+                optimizer.manage(&name, Box::new(method));
+            }
+        });
+        Ok(optimizer)
+    }
+
     /// All steps: losses before each update and gradient norms before clipping.
     fn check_steps(&mut self, checks: &mut Checks) -> Result<(), Stop> {
         let train = self.train;
         let schedule = train.schedule()?;
         let optimizer = &train.optimizer;
-        let mut adamw = AdamW::new(AdamWConfig { betas: optimizer.betas, eps: optimizer.eps });
+        let mut state = self.optimizer()?;
         for step in 0..train.steps {
             let learning_rate = optimizer.lr * schedule.factor(step);
-            let rule = |_: &str, gradient_scale| StepRule {
+            let rule = |_: &str, _: bool, gradient_scale| StepRule {
                 learning_rate,
                 weight_decay: optimizer.weight_decay,
                 gradient_scale,
@@ -214,13 +248,14 @@ impl Run<'_> {
             let max_grad_norm = train.max_grad_norm.unwrap_or(0.0);
             let plan = StepPlan {
                 options: self.step_options,
+                step: step as u64,
                 max_grad_norm,
                 denominators: &denominators,
                 first_key: (step * train.grad_accum) as u64,
                 rule: &rule,
                 immediate: self.options.immediate && batches.len() == 1 && max_grad_norm == 0.0,
             };
-            let report = optimizer_step(&mut self.decoder, &mut adamw, &batches, &plan);
+            let report = optimizer_step(&mut self.decoder, &mut state, &batches, &plan);
             self.check_step(step, report.loss, report.grad_norm, checks);
         }
         Ok(())

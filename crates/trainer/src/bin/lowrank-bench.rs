@@ -1,6 +1,7 @@
 //! `lowrank-bench`: what the benchmark and interoperability scripts measure.
 //!
-//! `cpu` times training steps of LoRA r=16 on all linear layers and prints one JSON line; `logits` writes the logits of a model,
+//! `step` times training steps of LoRA r=16 on all linear layers, or of the whole model with any optimiser, and prints one JSON
+//! line; `logits` writes the logits of a model,
 //! with an adapter or without, as safetensors.
 
 use std::io::Write;
@@ -11,12 +12,13 @@ use anyhow::Context;
 use clap::{Parser, Subcommand};
 use lowrank_core::optim::adamw::StepRule;
 use lowrank_models::hf::{Dtype, OutTensor, peft, write_safetensors};
-use lowrank_models::{Batch, Inputs, adapters, hf, save};
-use lowrank_train::config::{Dtype as RunDtype, GradientCheckpointing, ProgressStyle};
+use lowrank_models::{Batch, Decoder, Inputs, adapters, hf, load, parameters, save};
+use lowrank_train::config::{Dtype as RunDtype, GradientCheckpointing, ProgressStyle, RunConfig};
 use lowrank_train::metrics::process_memory;
 use lowrank_train::session::Session;
 use lowrank_train::step::{StepOptions, default_head_chunk};
 use lowrank_train::train_loop::{StepPlan, optimizer_step};
+use lowrank_train::{device, optimizer};
 
 #[derive(Parser)]
 #[command(version, about)]
@@ -28,7 +30,7 @@ struct Cli {
 #[derive(Subcommand)]
 enum Command {
     /// Time training steps
-    Cpu {
+    Step {
         #[arg(long)]
         model: String,
         #[arg(long, default_value_t = 2)]
@@ -45,6 +47,14 @@ enum Command {
         checkpointing: String,
         #[arg(long, default_value = "cpu")]
         device: String,
+        /// Train the whole model with this optimiser, as in a configuration: `galore = { rank = 128 }`. Without it: LoRA.
+        #[arg(long)]
+        optimizer: Option<String>,
+        /// Start from random weights: the model needs nothing but its config.json.
+        #[arg(long)]
+        random: bool,
+        #[arg(long, default_value = "f32", value_parser = ["f32", "bf16"])]
+        dtype: String,
     },
     /// Write the logits of one sequence
     Logits {
@@ -62,9 +72,24 @@ enum Command {
 fn main() -> anyhow::Result<()> {
     lowrank_train::device::prepare_process();
     match Cli::parse().command {
-        Command::Cpu { model, batch, seq, threads, warmup, steps, checkpointing, device } => {
+        Command::Step {
+            model,
+            batch,
+            seq,
+            threads,
+            warmup,
+            steps,
+            checkpointing,
+            device,
+            optimizer,
+            random,
+            dtype,
+        } => {
             rayon::ThreadPoolBuilder::new().num_threads(threads).build_global()?;
-            time_steps(&model, &device, [batch, seq], warmup, steps, &checkpointing)
+            let dtype = if dtype == "bf16" { RunDtype::Bf16 } else { RunDtype::F32 };
+            let (decoder, device) = model_of(&model, &device, dtype, random)?;
+            let work = Work { rows: batch, cols: seq, warmup, steps, checkpointing: checkpointing == "block" };
+            time_steps(decoder, &device, optimizer.as_deref(), work)
         }
         Command::Logits { model, adapter, ids, out } => write_logits(&model, adapter, ids, &out),
     }
@@ -86,19 +111,44 @@ fn write_logits(model: &str, adapter: Option<PathBuf>, ids: Vec<i32>, out: &std:
     Ok(write_safetensors(out, vec![tensor], &[])?)
 }
 
-/// Random tokens, every position a target, AdamW at 1e-4: the work of `scripts/bench/peer_cpu.py`.
-fn time_steps(
-    model: &str,
-    device: &str,
-    [rows, cols]: [usize; 2],
+/// The size of what is timed.
+struct Work {
+    rows: usize,
+    cols: usize,
     warmup: usize,
     steps: usize,
-    checkpointing: &str,
-) -> anyhow::Result<()> {
-    let mut session = Session::open(model, device, RunDtype::F32, ProgressStyle::None)?;
-    let lora = hf::AdapterConfig::new(16, 32.0, peft::Modules::AllLinear);
-    adapters::attach_lora(&mut session.decoder, &lora, 0)?;
-    let vocab = session.decoder.config.vocab_size;
+    checkpointing: bool,
+}
+
+/// The model on a device, and what the device is.
+fn model_of(model: &str, device: &str, dtype: RunDtype, random: bool) -> anyhow::Result<(Decoder, String)> {
+    if !random {
+        let session = Session::open(model, device, dtype, ProgressStyle::None)?;
+        return Ok((session.decoder, session.device.description));
+    }
+    let device = device::choose(device)?;
+    let compute = device::compute_type(dtype, &device)?;
+    let decoder = load::random(std::path::Path::new(model), compute, 0, &device.device)?;
+    Ok((decoder, device.description))
+}
+
+/// Random tokens, every position a target, no clipping: the work of `scripts/bench/peer_cpu.py`.
+fn time_steps(mut decoder: Decoder, device: &str, optimizer: Option<&str>, work: Work) -> anyhow::Result<()> {
+    let Work { rows, cols, warmup, steps, checkpointing } = work;
+    let mut config = RunConfig::default();
+    (config.training.micro_batch_size, config.data.max_seq_length) = (rows, cols);
+    match optimizer {
+        Some(text) => {
+            config.optimizer = toml::from_str(text).context("--optimizer")?;
+            decoder = parameters::set_trained(decoder, |_| Some(true));
+        }
+        None => {
+            let lora = hf::AdapterConfig::new(16, 32.0, peft::Modules::AllLinear);
+            adapters::attach_lora(&mut decoder, &lora, 0)?;
+        }
+    }
+    let mut state = optimizer::build(&config, &mut decoder)?;
+    let vocab = decoder.config.vocab_size;
     let stream = lowrank_core::random::Stream::new(0, "tokens");
     let token = |i: usize| (3 + stream.bits(i as u64) % (vocab as u64 - 3)) as i32;
     let batches: Vec<Batch> = (0..4)
@@ -108,37 +158,44 @@ fn time_steps(
             Batch::from_rows(&ids, &ids, None)
         })
         .collect();
-    let mode = if checkpointing == "block" { GradientCheckpointing::Block } else { GradientCheckpointing::None };
+    let mode = if checkpointing { GradientCheckpointing::Block } else { GradientCheckpointing::None };
     let options = StepOptions { checkpointing: mode, head_chunk_tokens: default_head_chunk(vocab), seed: 0 };
-    let mut optimizer = lowrank_core::optim::AdamW::new(Default::default());
-    let mut times = vec![];
-    let mut loss = 0.0;
+    let (mut times, mut loss, mut gradient_bytes, mut first_refresh) = (vec![], 0.0, 0, 0.0);
     for step in 0..warmup + steps {
         let batch = &batches[step % 4];
         let started = Instant::now();
         let plan = StepPlan {
             options,
+            step: step as u64,
             max_grad_norm: 0.0,
             denominators: &[batch.target_count() as f64],
             first_key: step as u64,
-            rule: &|_, gradient_scale| StepRule { learning_rate: 1e-4, weight_decay: 0.0, gradient_scale },
-            immediate: false,
+            rule: &|_, _, gradient_scale| StepRule { learning_rate: 1e-4, weight_decay: 0.0, gradient_scale },
+            immediate: config.adapter.is_none() && optimizer.is_some(),
         };
-        loss = optimizer_step(&mut session.decoder, &mut optimizer, std::slice::from_ref(batch), &plan).loss;
+        let report = optimizer_step(&mut decoder, &mut state, std::slice::from_ref(batch), &plan);
+        (loss, gradient_bytes) = (report.loss, gradient_bytes.max(report.gradient_bytes));
         times.push(started.elapsed().as_secs_f64());
+        if step == 0 {
+            first_refresh = state.reports().values().map(|report| report.refresh_seconds).sum();
+        }
     }
     let mut timed = times.split_off(warmup.min(times.len() - 1));
     timed.sort_by(f64::total_cmp);
     let median = timed[timed.len() / 2];
+    let what = optimizer.unwrap_or("LoRA r=16");
     let line = serde_json::json!({
-        "program": format!("lowrank, gradient_checkpointing = {checkpointing}"),
+        "program": format!("lowrank, {what}, gradient_checkpointing = {}", if checkpointing { "block" } else { "none" }),
         "s_per_step": median,
         "s_min": timed[0],
         "s_max": timed[timed.len() - 1],
         "tokens_per_s": (rows * cols) as f64 / median,
         "peak_rss_gib": process_memory().peak_bytes as f64 / (1u64 << 30) as f64,
+        "gradient_mib": gradient_bytes as f64 / (1u64 << 20) as f64,
+        "optimizer_mib": state.state_bytes() as f64 / (1u64 << 20) as f64,
+        "refresh_all_s": first_refresh,
         "loss_last": loss,
-        "device": session.device.description,
+        "device": device,
         "commit": lowrank_train::cli::VERSION,
     });
     writeln!(std::io::stdout(), "{line}").context("cannot write the result")

@@ -4,6 +4,7 @@ pub mod doctor;
 pub mod eval;
 pub mod generate;
 pub mod merge;
+pub mod tokenizer;
 pub mod train;
 
 use std::path::{Path, PathBuf};
@@ -23,6 +24,7 @@ pub fn run(command: Command) -> anyhow::Result<()> {
         Command::Eval(args) => eval::run(&args),
         Command::Generate(args) => generate::run(&args),
         Command::Merge(args) => merge::run(&args),
+        Command::Tokenizer(args) => tokenizer::run(&args),
         Command::Doctor(args) => doctor::run(&args),
     }
 }

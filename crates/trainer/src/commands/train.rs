@@ -12,10 +12,11 @@ use crate::data::{self, Evaluation, Loader, LoaderConfig, LoaderState, Prepared}
 use crate::error::{Kind, Problem};
 use crate::evaluate;
 use crate::metrics::MetricsLog;
+use crate::optimizer;
 use crate::run_dir::{RunDir, SavedCheckpoint, write_atomically};
 use crate::session::Session;
 use crate::tensorboard::EventWriter;
-use crate::train_loop::{Outcome, Run, optimizer};
+use crate::train_loop::{Outcome, Run};
 
 /// Shards of a written model hold at most this.
 const SHARD_BYTES: u64 = 5 << 30;
@@ -40,10 +41,10 @@ pub fn train(config: &RunConfig) -> anyhow::Result<()> {
     let dir = RunDir::open(&config.output_dir, &config.training.resume_from_checkpoint)?;
     let resume = dir.checkpoint_to_resume(&config.training.resume_from_checkpoint)?;
     let mut session = Session::for_training(config)?;
+    let mut optimizer = optimizer::build(config, &mut session.decoder)?;
     let prepared = prepare(config, &session)?;
     let config_text = config::resolved_toml(config, &session.device.description)?;
     announce(config, &session, &config_text);
-    let mut optimizer = optimizer(config);
     let restored = restore(resume.as_ref(), config, &mut session, &mut optimizer)?;
     write_atomically(&dir.config_path(), config_text.as_bytes())?;
     let (counters, loader) = loader(config, &session, &prepared, restored)?;
@@ -132,7 +133,7 @@ fn restore(
     resume: Option<&SavedCheckpoint>,
     config: &RunConfig,
     session: &mut Session,
-    optimizer: &mut lowrank_core::optim::AdamW,
+    optimizer: &mut lowrank_core::optim::Optimizer,
 ) -> Result<Option<(Counters, LoaderState)>, Problem> {
     let Some(saved) = resume else { return Ok(None) };
     tracing::info!("resuming from {}", saved.path.display());
@@ -167,13 +168,12 @@ fn loader(
     restored: Option<(Counters, LoaderState)>,
 ) -> Result<(Counters, Loader), Problem> {
     let wanted = loader_config(config, session);
-    let made = match restored {
-        Some((counters, state)) => {
-            Loader::resume(prepared.train.clone(), wanted, &state).map(|loader| (counters, loader))
-        }
-        None => Loader::new(prepared.train.clone(), wanted).map(|loader| (Counters::default(), loader)),
+    let (counters, state) = match restored {
+        Some((counters, state)) => (counters, Some(state)),
+        None => (Counters::default(), None),
     };
-    made.map_err(data_problem)
+    let loader = Loader::open(&prepared.train, wanted, state.as_ref()).map_err(data_problem)?;
+    Ok((counters, loader))
 }
 
 fn evaluation(config: &RunConfig, session: &Session, prepared: &Prepared) -> Result<Option<Evaluation>, Problem> {
@@ -187,7 +187,8 @@ fn total_steps(config: &RunConfig, loader: &Loader) -> u64 {
     match (training.max_steps, training.num_epochs) {
         (Some(steps), _) => steps,
         (None, epochs) => {
-            let batches = loader.batches_per_epoch(0) as f64 * epochs.unwrap_or(1.0);
+            // Streamed data has no known length: the configuration was checked for max_steps.
+            let batches = loader.batches_per_epoch(0).unwrap_or(0) as f64 * epochs.unwrap_or(1.0);
             (batches / training.gradient_accumulation_steps as f64).ceil() as u64
         }
     }

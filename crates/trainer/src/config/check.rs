@@ -4,10 +4,8 @@ use std::path::Path;
 
 use regex::Regex;
 
-use super::raw::{
-    AdamWConfig, AdapterConfig, EvaluationConfig, LoraConfig, OptimizerConfig, RunConfig, Scheduler, TargetModules,
-    TrainingConfig,
-};
+use super::optimizer::{Common, GaloreConfig, GradientNorm, Inner, OptimizerConfig, QGaloreConfig, Score};
+use super::raw::{AdapterConfig, EvaluationConfig, LoraConfig, RunConfig, Scheduler, TargetModules, TrainingConfig};
 use super::resolve::Purpose;
 
 /// One sentence for every value that makes no sense, in the order of the file. Empty: the configuration is good.
@@ -17,8 +15,7 @@ pub fn problems(config: &RunConfig, purpose: Purpose) -> Vec<String> {
     if let Some(AdapterConfig::Lora(lora)) = &config.adapter {
         check_lora(lora, &mut found);
     }
-    let OptimizerConfig::Adamw(adamw) = &config.optimizer;
-    check_adamw(adamw, &mut found);
+    check_optimizer(config, &mut found);
     let has_eval_data = check_data(config, purpose, &mut found);
     check_training(&config.training, purpose, &mut found);
     if purpose == Purpose::Train && !has_eval_data {
@@ -130,19 +127,87 @@ fn check_regex(key: &str, pattern: &str, found: &mut Findings) {
     }
 }
 
-fn check_adamw(adamw: &AdamWConfig, found: &mut Findings) {
-    check_positive("optimizer.adamw.learning_rate", adamw.learning_rate, found);
-    found.require(adamw.betas.iter().all(|beta| (0.0..1.0).contains(beta)), || {
+fn check_optimizer(config: &RunConfig, found: &mut Findings) {
+    let Common { key, learning_rate, plain_learning_rate, betas, eps, weight_decay, no_decay } =
+        config.optimizer.common();
+    let at = |name: &str| format!("optimizer.{key}.{name}");
+    check_positive(&at("learning_rate"), learning_rate, found);
+    if plain_learning_rate != learning_rate {
+        check_positive(&at("plain_learning_rate"), plain_learning_rate, found);
+    }
+    found.require(betas.iter().all(|beta| (0.0..1.0).contains(beta)), || {
+        format!("{} is [{}, {}], both must be at least 0 and less than 1", at("betas"), betas[0], betas[1])
+    });
+    check_positive(&at("eps"), eps, found);
+    check_not_negative(&at("weight_decay"), weight_decay, found);
+    for pattern in no_decay {
+        check_regex(&at("no_decay"), pattern, found);
+    }
+    let Some(low_rank) = config.optimizer.low_rank() else { return };
+    check_modules(&at("target_modules"), low_rank.target_modules, found);
+    if let Some(excluded) = low_rank.exclude_modules {
+        check_modules(&at("exclude_modules"), excluded, found);
+    }
+    check_at_least_one(&at("rank"), low_rank.rank.unwrap_or(1) as u64, found);
+    check_at_least_one(&at("update_proj_gap"), low_rank.update_proj_gap, found);
+    found.require(config.adapter.is_none() && config.init_adapter.is_none(), || {
+        format!("[optimizer.{key}] trains the weights of the model, which [adapter] and init_adapter freeze: keep one")
+    });
+    let micro_batches = config.training.gradient_accumulation_steps;
+    match &config.optimizer {
+        OptimizerConfig::Galore(galore) => check_galore(galore, micro_batches, found),
+        OptimizerConfig::QGalore(galore) => check_q_galore(galore, found),
+        OptimizerConfig::DctAdamw(dct) => {
+            let fits = dct.score == Score::L2 && !dct.error_feedback;
+            found.require(!dct.projected || fits, || {
+                "optimizer.dct_adamw.projected forms no dense gradient, which score = \"l1\" and error_feedback need"
+                    .to_owned()
+            });
+        }
+        OptimizerConfig::Apollo(apollo) => {
+            check_positive("optimizer.apollo.scale", apollo.scale.unwrap_or(1.0), found);
+        }
+        OptimizerConfig::Fira(fira) => check_positive("optimizer.fira.scale", fira.scale, found),
+        OptimizerConfig::Ldadam(ldadam) => check_share("optimizer.ldadam.rho", ldadam.rho, found),
+        OptimizerConfig::Adamw(_) => {}
+    }
+}
+
+fn check_galore(galore: &GaloreConfig, micro_batches: usize, found: &mut Findings) {
+    check_positive("optimizer.galore.scale", galore.scale, found);
+    check_at_least_one("optimizer.galore.block_size", galore.block_size as u64, found);
+    check_at_least_one("optimizer.galore.norm_sketch", galore.norm_sketch as u64, found);
+    let momentum = galore.momentum.unwrap_or(0.0);
+    found.require((0.0..1.0).contains(&momentum), || {
+        format!("optimizer.galore.momentum is {momentum}, must be at least 0 and less than 1")
+    });
+    let has_momentum = matches!(galore.inner, Inner::Sgd | Inner::Muon | Inner::Adafactor);
+    found.require(galore.momentum.is_none() || has_momentum, || {
+        "optimizer.galore.momentum is set, but AdamW has betas".to_owned()
+    });
+    let ghost = galore.gradient_norm == GradientNorm::Exact && !galore.exact;
+    found.require(!ghost || micro_batches == 1, || {
         format!(
-            "optimizer.adamw.betas is [{}, {}], both must be at least 0 and less than 1",
-            adamw.betas[0], adamw.betas[1]
+            "optimizer.galore.gradient_norm = \"exact\" needs gradient_accumulation_steps = 1, got {micro_batches}: the \
+             norm of a sum is not known from its parts; use \"hybrid\""
         )
     });
-    check_positive("optimizer.adamw.eps", adamw.eps, found);
-    check_not_negative("optimizer.adamw.weight_decay", adamw.weight_decay, found);
-    for pattern in &adamw.no_decay {
-        check_regex("optimizer.adamw.no_decay", pattern, found);
+}
+
+fn check_q_galore(galore: &QGaloreConfig, found: &mut Findings) {
+    check_positive("optimizer.q_galore.scale", galore.scale, found);
+    found.require([4, 8].contains(&galore.basis_bits), || {
+        format!("optimizer.q_galore.basis_bits is {}, must be 4 or 8", galore.basis_bits)
+    });
+    for (name, value) in [
+        ("group_size", galore.group_size as u64),
+        ("gamma_proj", galore.gamma_proj),
+        ("queue_size", galore.queue_size as u64),
+        ("block_size", galore.block_size as u64),
+    ] {
+        check_at_least_one(&format!("optimizer.q_galore.{name}"), value, found);
     }
+    check_share("optimizer.q_galore.cos_threshold", galore.cos_threshold, found);
 }
 
 /// Checks where data comes from and says whether there is anything to evaluate on.
@@ -152,6 +217,10 @@ fn check_data(config: &RunConfig, purpose: Purpose, found: &mut Findings) -> boo
     }
     let missing = purpose == Purpose::Train && config.data.train.is_empty();
     found.require(!missing, || "data.train is missing: name a file, a list of files or a hub data set".to_owned());
+    let endless = config.data.streaming && config.training.num_epochs.is_some();
+    found.require(!endless, || {
+        "training.num_epochs is set, but nobody knows the length of streamed data: set training.max_steps".to_owned()
+    });
     config.data.eval.is_some() || config.data.val_set_size.is_some()
 }
 

@@ -6,14 +6,19 @@
 mod check;
 mod diff;
 mod key_error;
+mod optimizer;
 mod raw;
 mod resolve;
 
 pub use check::{device_name_is_valid, problems};
 pub use diff::{Change, diff};
+pub use optimizer::{
+    Accumulation, AdamWConfig, ApolloConfig, Common, DctAdamwConfig, FiraConfig, GaloreConfig, GradientNorm,
+    Granularity, Inner, LdadamConfig, LowRankCommon, Moments, OptimizerConfig, ProjType, QGaloreConfig, QWeightFormat,
+    Residual, Score, WeightFormat,
+};
 pub use raw::{
-    AdamWConfig, AdapterConfig, Dtype, EvaluationConfig, GradientCheckpointing, InitLoraWeights, LoggingConfig,
-    LoraConfig, OnNonFinite, OptimizerConfig, ProgressStyle, ResumeFrom, RunConfig, Scheduler, TargetModules,
-    TrainingConfig,
+    AdapterConfig, Dtype, EvaluationConfig, GradientCheckpointing, Init, InitLoraWeights, LoggingConfig, LoraConfig,
+    OnNonFinite, ProgressStyle, ResumeFrom, RunConfig, Scheduler, TargetModules, TrainingConfig,
 };
 pub use resolve::{Purpose, load, load_for, resolved_toml, resolved_value};

@@ -5,7 +5,7 @@
 //! default is an `Option` and is left out of the resolved file while it is not set.
 //!
 //! The methods are externally tagged tables: `[adapter.lora]`, `[optimizer.adamw]`. A new method adds one row to
-//! [`AdapterConfig`] or [`OptimizerConfig`].
+//! [`AdapterConfig`] or [`OptimizerConfig`] (in `optimizer.rs`).
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -14,6 +14,7 @@ use std::path::PathBuf;
 use serde::de::{self, Deserializer, Visitor};
 use serde::{Deserialize, Serialize};
 
+use super::optimizer::OptimizerConfig;
 use crate::data::DataConfig;
 
 /// A whole run.
@@ -22,6 +23,8 @@ use crate::data::DataConfig;
 pub struct RunConfig {
     /// Folder of a Hugging Face checkpoint, or a hub id such as `HuggingFaceTB/SmolLM2-135M-Instruct`. Required.
     pub base_model: String,
+    /// Where the weights of the base model come from. Default `pretrained`.
+    pub init: Init,
     /// Folder that receives everything the run writes. Required.
     pub output_dir: PathBuf,
     /// `auto`, `cpu`, or `cuda`, `vulkan`, `metal`, `wgpu`, each with an optional index as in `cuda:1`. Default `auto`:
@@ -29,7 +32,7 @@ pub struct RunConfig {
     pub device: String,
     /// Number format of the base weights and of the arithmetic of the model. Default `f32`. Optimiser state is f32.
     pub dtype: Dtype,
-    /// Seed of the initial adapter, of dropout and of the shuffle. Default 42.
+    /// Seed of the initial adapter or random weights, of dropout and of the shuffle. Default 42.
     pub seed: u64,
     /// Folder of a PEFT adapter to go on from; its `adapter_config.json` then gives the rank and the targets.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -53,6 +56,7 @@ impl Default for RunConfig {
     fn default() -> Self {
         Self {
             base_model: String::new(),
+            init: Init::default(),
             output_dir: PathBuf::new(),
             device: "auto".to_owned(),
             dtype: Dtype::default(),
@@ -66,6 +70,17 @@ impl Default for RunConfig {
             evaluation: EvaluationConfig::default(),
         }
     }
+}
+
+/// Where the weights of the base model come from.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Init {
+    /// The checkpoint in `base_model`.
+    #[default]
+    Pretrained,
+    /// Random, as Hugging Face starts a model; `base_model` needs only `config.json` and the tokenizer's files.
+    Random,
 }
 
 /// A number format.
@@ -204,43 +219,6 @@ impl Visitor<'_> for InitLoraWeightsVisitor {
             "gaussian" => Ok(InitLoraWeights::Gaussian),
             _ => Err(E::invalid_value(de::Unexpected::Str(value), &self)),
         }
-    }
-}
-
-/// The list of optimisers; a method adds a row.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum OptimizerConfig {
-    /// `[optimizer.adamw]`
-    Adamw(AdamWConfig),
-}
-
-impl Default for OptimizerConfig {
-    fn default() -> Self {
-        Self::Adamw(AdamWConfig::default())
-    }
-}
-
-/// `[optimizer.adamw]`: AdamW as in torch, with decoupled weight decay before the update.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields)]
-pub struct AdamWConfig {
-    /// Peak of the schedule. Default 2e-4, which suits LoRA; full fine-tuning wants about a tenth of it.
-    pub learning_rate: f64,
-    /// Decay rates of the two moments. Default [0.9, 0.999].
-    pub betas: [f64; 2],
-    /// Added to the root of the second moment. Default 1e-8.
-    pub eps: f64,
-    /// Share of the learning rate by which weights shrink in each step. Default 0.
-    pub weight_decay: f64,
-    /// Regular expressions, searched anywhere in a parameter's name; what they find is not decayed. Default none: every
-    /// trained tensor is decayed, norms and biases too, as torch does.
-    pub no_decay: Vec<String>,
-}
-
-impl Default for AdamWConfig {
-    fn default() -> Self {
-        Self { learning_rate: 2e-4, betas: [0.9, 0.999], eps: 1e-8, weight_decay: 0.0, no_decay: Vec::new() }
     }
 }
 

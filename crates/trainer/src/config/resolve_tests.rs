@@ -3,7 +3,8 @@
 
 use std::path::PathBuf;
 
-use super::super::raw::{AdapterConfig, Dtype, OptimizerConfig, ResumeFrom, TargetModules};
+use super::super::optimizer::{AdamWConfig, OptimizerConfig};
+use super::super::raw::{AdapterConfig, Dtype, Init, ResumeFrom, TargetModules};
 use super::*;
 use crate::error::report;
 
@@ -41,9 +42,26 @@ fn good(overrides: &[&str]) -> RunConfig {
     config
 }
 
-fn adamw(config: &RunConfig) -> &super::super::raw::AdamWConfig {
-    let OptimizerConfig::Adamw(adamw) = &config.optimizer;
+fn adamw(config: &RunConfig) -> &AdamWConfig {
+    let OptimizerConfig::Adamw(adamw) = &config.optimizer else { panic!("AdamW") };
     adamw
+}
+
+#[test]
+fn a_model_can_start_from_nothing_on_streamed_text() {
+    assert_eq!(good(&[]).init, Init::Pretrained);
+    assert_eq!(good(&["init=random"]).init, Init::Random);
+    assert!(good(&["data.streaming=true"]).data.streaming);
+    let streamed = ["data.streaming=true", "training.num_epochs=1", "data.val_set_size=0.1"];
+    let config = parse("run.toml", &GOOD.replace("max_steps = 10", ""), &sets(&streamed)).unwrap();
+    let problems = check::problems(&config, Purpose::Train);
+    assert_eq!(
+        problems,
+        [
+            "data.val_set_size is set, but `streaming` never sees all records at once; name other files as `eval`",
+            "training.num_epochs is set, but nobody knows the length of streamed data: set training.max_steps",
+        ]
+    );
 }
 
 #[test]
@@ -145,7 +163,7 @@ fn unknown_keys_name_the_valid_ones() {
     );
     assert_eq!(
         failure("sed = 1", &[]),
-        "run.toml, line 1, column 1: unknown key `sed` at the top level\n  1 | sed = 1\n\nhint: did you mean `seed`? Valid keys here: base_model, output_dir, device, dtype, seed, init_adapter, adapter, optimizer, data, training, logging, evaluation"
+        "run.toml, line 1, column 1: unknown key `sed` at the top level\n  1 | sed = 1\n\nhint: did you mean `seed`? Valid keys here: base_model, init, output_dir, device, dtype, seed, init_adapter, adapter, optimizer, data, training, logging, evaluation"
     );
     assert_eq!(
         failure(GOOD, &["seed=1", "logging.momentum=3"]),

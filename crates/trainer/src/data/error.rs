@@ -56,6 +56,12 @@ pub enum DataError {
     /// The tokenizer, the chat template or the hub failed.
     #[error(transparent)]
     HuggingFace(#[from] HfError),
+    /// The thread that reads streamed data has failed.
+    #[error("cannot read the training data: {reason}")]
+    Stream {
+        /// What happened to it.
+        reason: String,
+    },
     /// A saved position does not belong to this data and these settings.
     #[error("the data does not continue where the checkpoint stopped:{}", .differences.iter().map(|line| format!("\n  {line}")).collect::<String>())]
     Resume {
@@ -94,7 +100,9 @@ impl DataError {
             DataError::Resume { .. } => {
                 "use the data and settings of the checkpoint, or start anew with resume_from_checkpoint = false"
             }
-            DataError::Config { .. } | DataError::Io { .. } | DataError::HuggingFace(_) => "",
+            DataError::Config { .. } | DataError::Io { .. } | DataError::HuggingFace(_) | DataError::Stream { .. } => {
+                ""
+            }
         };
         (!hint.is_empty()).then(|| hint.to_owned())
     }

@@ -1,16 +1,20 @@
 //! Batches for training, without end, and for evaluation, once through.
 //!
-//! Which documents make up batch `i` of epoch `e` is a function of the data, the settings and the seed, so the position of a
-//! loader is two numbers, and a resumed loader goes on with exactly the batches that would have come.
+//! Which documents make up batch `i` of epoch `e` is a function of the data, the settings and the seed, so the
+//! position of a loader is two numbers, and a resumed loader goes on with exactly the batches that would have come.
+//! Streamed data has its own position ([`StreamPosition`]) and is packed on the way ([`super::stream`]).
 
 use std::sync::Arc;
 
 use lowrank_models::{Batch, IGNORE};
 use serde::{Deserialize, Serialize};
 
+use super::TrainingData;
+use super::corpus::{Corpus, StreamPosition};
 use super::error::DataError;
 use super::packing::{Random, Row, batch_by_length, batch_in_order, pack_best_fit, pack_in_order};
 use super::store::Dataset;
+use super::stream::Stream;
 
 /// How batches are made.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -36,25 +40,45 @@ pub struct LoaderConfig {
 pub struct LoaderState {
     /// Epoch of the batch that was given out last, from 0.
     pub epoch: u64,
-    /// Batches of that epoch given out so far.
+    /// Batches of that epoch given out so far; of streamed data, batches of the whole run.
     pub position: usize,
-    /// [`Dataset::fingerprint`] of the data.
+    /// [`Dataset::fingerprint`] or [`Corpus::fingerprint`] of the data.
     pub dataset: String,
     /// The settings that decide the batches.
     pub config: LoaderConfig,
+    /// Where the next batch begins, of streamed data only.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stream: Option<StreamPosition>,
 }
 
-/// Batches of a data set, epoch after epoch.
+/// Batches of the training data, epoch after epoch.
 #[derive(Debug)]
 pub struct Loader {
-    dataset: Arc<Dataset>,
     config: LoaderConfig,
-    epoch: u64,
+    /// Batches given out so far: of the epoch, or of the whole stream.
     position: usize,
-    plan: Vec<Vec<Row>>,
+    source: Source,
+}
+
+#[derive(Debug)]
+enum Source {
+    Planned { dataset: Arc<Dataset>, epoch: u64, plan: Vec<Vec<Row>> },
+    Streamed(Stream),
 }
 
 impl Loader {
+    /// A loader of either kind of data that stands before the first batch, or where another one stood.
+    ///
+    /// # Errors
+    /// As [`Loader::new`] and [`Loader::resume`]; for streamed data, as [`Loader::stream`].
+    pub fn open(data: &TrainingData, config: LoaderConfig, state: Option<&LoaderState>) -> Result<Self, DataError> {
+        match (data, state) {
+            (TrainingData::Tokenised(dataset), None) => Self::new(dataset.clone(), config),
+            (TrainingData::Tokenised(dataset), Some(state)) => Self::resume(dataset.clone(), config, state),
+            (TrainingData::Streamed(corpus), state) => Self::stream(corpus, config, state),
+        }
+    }
+
     /// A loader that stands before the first batch.
     ///
     /// # Errors
@@ -62,75 +86,116 @@ impl Loader {
     pub fn new(dataset: Arc<Dataset>, config: LoaderConfig) -> Result<Self, DataError> {
         check(&config, &dataset)?;
         let plan = plan_epoch(&dataset, &config, 0);
-        Ok(Self { dataset, config, epoch: 0, position: 0, plan })
+        Ok(Self { config, position: 0, source: Source::Planned { dataset, epoch: 0, plan } })
     }
 
     /// A loader that goes on where another one stood.
     ///
     /// # Errors
-    /// The data or a setting that decides the batches differs from that of the saved position; all differences are listed.
+    /// The data or a setting that decides the batches differs from that of the saved position; all differences are
+    /// listed.
     pub fn resume(dataset: Arc<Dataset>, config: LoaderConfig, state: &LoaderState) -> Result<Self, DataError> {
         check(&config, &dataset)?;
-        let differences = differences(state, &dataset, &config);
-        if !differences.is_empty() {
-            return Err(DataError::Resume { differences });
-        }
+        check_same(state, dataset.fingerprint(), false, &config)?;
         let plan = plan_epoch(&dataset, &config, state.epoch);
         if state.position > plan.len() {
             let difference =
                 format!("position: {} in the checkpoint, but the epoch has {} batches", state.position, plan.len());
             return Err(DataError::Resume { differences: vec![difference] });
         }
-        Ok(Self { dataset, config, epoch: state.epoch, position: state.position, plan })
+        Ok(Self { config, position: state.position, source: Source::Planned { dataset, epoch: state.epoch, plan } })
+    }
+
+    /// A loader of a corpus that is read while training, from its beginning or from where another loader stood. Rows
+    /// are always packed; `shuffle` changes the order of the files in each pass.
+    ///
+    /// # Errors
+    /// A size in the settings is 0; the data or a setting differs from that of the saved position.
+    pub fn stream(corpus: &Corpus, config: LoaderConfig, state: Option<&LoaderState>) -> Result<Self, DataError> {
+        check_sizes(&config)?;
+        if let Some(state) = state {
+            check_same(state, corpus.fingerprint(), true, &config)?;
+        }
+        let (position, from) = state.map_or((0, None), |state| (state.position, state.stream));
+        let stream = Stream::start(corpus, &config, from.unwrap_or_default())?;
+        Ok(Self { config, position, source: Source::Streamed(stream) })
     }
 
     /// The next batch; after the last one of an epoch, the first of the next.
-    pub fn next_batch(&mut self) -> Batch {
-        if self.position >= self.plan.len() {
-            self.epoch += 1;
-            self.position = 0;
-            self.plan = plan_epoch(&self.dataset, &self.config, self.epoch);
-        }
+    ///
+    /// # Errors
+    /// Streamed data cannot be read further. Tokenised data never fails.
+    pub fn next_batch(&mut self) -> Result<Batch, DataError> {
+        let batch = match &mut self.source {
+            Source::Streamed(stream) => stream.next_batch()?,
+            Source::Planned { dataset, epoch, plan } => {
+                if self.position >= plan.len() {
+                    *epoch += 1;
+                    self.position = 0;
+                    *plan = plan_epoch(dataset, &self.config, *epoch);
+                }
+                build(dataset, &self.config, &plan[self.position])
+            }
+        };
         self.position += 1;
-        build(&self.dataset, &self.config, &self.plan[self.position - 1])
+        Ok(batch)
     }
 
     /// Epoch of the batch that was given out last, from 0.
     pub fn epoch(&self) -> u64 {
-        self.epoch
+        match &self.source {
+            Source::Planned { epoch, .. } => *epoch,
+            Source::Streamed(stream) => stream.position().pass,
+        }
     }
 
     /// Epochs done, with the share of the current one.
     pub fn progress(&self) -> f64 {
-        self.epoch as f64 + self.position as f64 / self.plan.len() as f64
+        match &self.source {
+            Source::Planned { epoch, plan, .. } => *epoch as f64 + self.position as f64 / plan.len() as f64,
+            Source::Streamed(stream) => stream.progress(),
+        }
     }
 
-    /// Number of batches of an epoch; under packing it may differ a little between epochs.
-    pub fn batches_per_epoch(&self, epoch: u64) -> usize {
-        match epoch == self.epoch {
-            true => self.plan.len(),
-            false => plan_epoch(&self.dataset, &self.config, epoch).len(),
+    /// Number of batches of an epoch; under packing it may differ a little between epochs. `None` for streamed data,
+    /// whose length in tokens nobody knows.
+    pub fn batches_per_epoch(&self, epoch: u64) -> Option<usize> {
+        match &self.source {
+            Source::Planned { epoch: current, plan, .. } if epoch == *current => Some(plan.len()),
+            Source::Planned { dataset, .. } => Some(plan_epoch(dataset, &self.config, epoch).len()),
+            Source::Streamed(_) => None,
         }
     }
 
     /// Tokens of the current epoch over positions of its batches, in (0, 1]: 1 means no padding.
     pub fn efficiency(&self) -> f64 {
-        efficiency(&self.dataset, &self.config, &self.plan)
+        match &self.source {
+            Source::Planned { dataset, plan, .. } => efficiency(dataset, &self.config, plan),
+            Source::Streamed(_) => 1.0,
+        }
     }
 
     /// Where the loader stands, to be saved.
     pub fn state(&self) -> LoaderState {
+        let (dataset, stream) = match &self.source {
+            Source::Planned { dataset, .. } => (dataset.fingerprint(), None),
+            Source::Streamed(stream) => (stream.corpus().fingerprint(), Some(stream.position())),
+        };
         LoaderState {
-            epoch: self.epoch,
+            epoch: self.epoch(),
             position: self.position,
-            dataset: self.dataset.fingerprint().to_owned(),
+            dataset: dataset.to_owned(),
             config: self.config.clone(),
+            stream,
         }
     }
 
-    /// The data that batches are made of.
-    pub fn dataset(&self) -> &Dataset {
-        &self.dataset
+    /// Where a record of a batch came from, as `train.jsonl:17`.
+    pub fn describe_record(&self, record: u64) -> String {
+        match &self.source {
+            Source::Planned { dataset, .. } => dataset.describe_record(record),
+            Source::Streamed(stream) => stream.corpus().text().describe_record(record),
+        }
     }
 }
 
@@ -170,7 +235,7 @@ impl Evaluation {
     }
 }
 
-fn check(config: &LoaderConfig, dataset: &Dataset) -> Result<(), DataError> {
+fn check_sizes(config: &LoaderConfig) -> Result<(), DataError> {
     let sizes = [
         ("micro_batch_size", config.micro_batch_size),
         ("max_seq_length", config.max_seq_length),
@@ -179,6 +244,11 @@ fn check(config: &LoaderConfig, dataset: &Dataset) -> Result<(), DataError> {
     if let Some((key, _)) = sizes.into_iter().find(|(_, size)| *size == 0) {
         return Err(DataError::Config { key, reason: "is 0, must be at least 1".to_owned() });
     }
+    Ok(())
+}
+
+fn check(config: &LoaderConfig, dataset: &Dataset) -> Result<(), DataError> {
+    check_sizes(config)?;
     let longest = dataset.statistics().longest;
     if longest > config.max_seq_length as u64 {
         let reason = format!(
@@ -190,13 +260,15 @@ fn check(config: &LoaderConfig, dataset: &Dataset) -> Result<(), DataError> {
     Ok(())
 }
 
-/// One line for each thing that decides the batches and is not as it was.
-fn differences(state: &LoaderState, dataset: &Dataset, config: &LoaderConfig) -> Vec<String> {
+/// Refuses a saved position of other data or settings, with one line for each thing that decides the batches and
+/// differs.
+fn check_same(state: &LoaderState, data: &str, streaming: bool, config: &LoaderConfig) -> Result<(), DataError> {
     let LoaderConfig { micro_batch_size, max_seq_length, packing, shuffle, seed, pad_id, pad_to_multiple_of } =
         &state.config;
     let short = |fingerprint: &str| fingerprint.chars().take(12).collect::<String>();
     let values = [
-        ("content of the data", short(&state.dataset), short(dataset.fingerprint())),
+        ("streaming", state.stream.is_some().to_string(), streaming.to_string()),
+        ("content of the data", short(&state.dataset), short(data)),
         ("micro_batch_size", micro_batch_size.to_string(), config.micro_batch_size.to_string()),
         ("max_seq_length", max_seq_length.to_string(), config.max_seq_length.to_string()),
         ("packing", packing.to_string(), config.packing.to_string()),
@@ -206,7 +278,12 @@ fn differences(state: &LoaderState, dataset: &Dataset, config: &LoaderConfig) ->
         ("pad_to_multiple_of", pad_to_multiple_of.to_string(), config.pad_to_multiple_of.to_string()),
     ];
     let differing = values.into_iter().filter(|(_, then, now)| then != now);
-    differing.map(|(name, then, now)| format!("{name}: {then} in the checkpoint, {now} now")).collect()
+    let differences: Vec<String> =
+        differing.map(|(name, then, now)| format!("{name}: {then} in the checkpoint, {now} now")).collect();
+    match differences.is_empty() {
+        true => Ok(()),
+        false => Err(DataError::Resume { differences }),
+    }
 }
 
 /// The batches of an epoch.

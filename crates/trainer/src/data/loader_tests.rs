@@ -68,18 +68,19 @@ fn a_packed_batch_by_hand() {
         (vec![31, 32, 33, 34], vec![false, false, true, true]),
     ];
     let config = LoaderConfig { max_seq_length: 6, shuffle: false, ..config() };
-    let mut loader = Loader::new(dataset(&documents), config).unwrap();
-    let batch = loader.next_batch();
+    let data = dataset(&documents);
+    let mut loader = Loader::new(data.clone(), config).unwrap();
+    let batch = loader.next_batch().unwrap();
     assert_eq!((batch.rows, batch.cols), (2, 6));
     assert_eq!(batch.input_ids, [11, 12, 13, 21, 22, 0, 31, 32, 33, 34, 0, 0]);
     assert_eq!(batch.targets, [12, 13, -100, 22, -100, -100, -100, 33, 34, -100, -100, -100]);
     assert_eq!(batch.positions, [0, 1, 2, 0, 1, 0, 0, 1, 2, 3, 0, 0]);
     assert_eq!(batch.first_key, [0, 0, 0, 3, 3, 5, 0, 0, 0, 0, 4, 5]);
     assert_eq!(batch.records, [0, 1, 2]);
-    assert_eq!(batch.target_count() as u64, loader.dataset().statistics().target_tokens);
+    assert_eq!(batch.target_count() as u64, data.statistics().target_tokens);
     assert_eq!(loader.efficiency(), 9.0 / 12.0);
-    assert_eq!((loader.epoch(), loader.progress(), loader.batches_per_epoch(0)), (0, 1.0, 1));
-    assert_eq!(loader.next_batch(), batch, "without shuffling every epoch is the same");
+    assert_eq!((loader.epoch(), loader.progress(), loader.batches_per_epoch(0)), (0, 1.0, Some(1)));
+    assert_eq!(loader.next_batch().unwrap(), batch, "without shuffling every epoch is the same");
     assert_eq!(loader.epoch(), 1);
 }
 
@@ -143,7 +144,7 @@ proptest! {
         let mut loader = Loader::new(data.clone(), config.clone()).unwrap();
         let all: Vec<u32> = documents.iter().flat_map(|(ids, _)| ids.clone()).collect();
         for epoch in 0..3 {
-            let batches: Vec<Batch> = (0..loader.batches_per_epoch(epoch)).map(|_| loader.next_batch()).collect();
+            let batches: Vec<Batch> = (0..loader.batches_per_epoch(epoch).unwrap()).map(|_| loader.next_batch().unwrap()).collect();
             prop_assert_eq!(loader.epoch(), epoch);
             let targets: usize = batches.iter().map(Batch::target_count).sum();
             prop_assert_eq!(targets as u64, data.statistics().target_tokens);
@@ -166,12 +167,12 @@ proptest! {
         let config = LoaderConfig { packing, shuffle, seed, ..config() };
         let mut whole = Loader::new(data.clone(), config.clone()).unwrap();
         for _ in 0..stop {
-            whole.next_batch();
+            whole.next_batch().unwrap();
         }
         let saved = serde_json::to_string(&whole.state()).unwrap();
         let mut resumed = Loader::resume(data, config, &serde_json::from_str(&saved).unwrap()).unwrap();
         for _ in 0..40 {
-            prop_assert_eq!(whole.next_batch(), resumed.next_batch());
+            prop_assert_eq!(whole.next_batch().unwrap(), resumed.next_batch().unwrap());
             prop_assert_eq!(whole.state(), resumed.state());
         }
     }
@@ -181,11 +182,11 @@ proptest! {
         let data = dataset(&documents(&[10; 50]));
         let config = LoaderConfig { packing, seed, ..config() };
         let mut loader = Loader::new(data.clone(), config.clone()).unwrap();
-        let count = loader.batches_per_epoch(0);
-        let first: Vec<Batch> = (0..count).map(|_| loader.next_batch()).collect();
-        let second: Vec<Batch> = (0..count).map(|_| loader.next_batch()).collect();
+        let count = loader.batches_per_epoch(0).unwrap();
+        let first: Vec<Batch> = (0..count).map(|_| loader.next_batch().unwrap()).collect();
+        let second: Vec<Batch> = (0..count).map(|_| loader.next_batch().unwrap()).collect();
         let mut other = Loader::new(data, LoaderConfig { seed: seed ^ 1, ..config }).unwrap();
-        let third: Vec<Batch> = (0..count).map(|_| other.next_batch()).collect();
+        let third: Vec<Batch> = (0..count).map(|_| other.next_batch().unwrap()).collect();
         prop_assert_ne!(&first, &second);
         prop_assert_ne!(&first, &third);
     }

@@ -8,10 +8,12 @@
 //! | [`cache`] | the result of tokenisation on disk, keyed by content |
 //! | [`packing`] | which documents share a row, which rows share a batch |
 //! | [`loader`] | batches without end, with a position that can be saved and resumed exactly |
+//! | [`corpus`], [`stream`] | `streaming = true`: plain text of any size, read, tokenised and packed while training |
 //!
 //! [`prepare`] does all of it for a run; [`load`] for one list of files.
 
 pub mod cache;
+pub mod corpus;
 pub mod error;
 #[cfg(test)]
 mod input_tests;
@@ -23,11 +25,13 @@ pub mod packing;
 pub mod record;
 pub mod source;
 pub mod store;
+pub mod stream;
 #[cfg(test)]
 mod testing;
 pub mod tokenize;
 
 pub use cache::default_cache_folder;
+pub use corpus::{Corpus, StreamPosition, TextFiles};
 pub use error::DataError;
 pub use loader::{Evaluation, Loader, LoaderConfig, LoaderState};
 pub use record::{Located, Prompt, Record, read_records};
@@ -59,13 +63,17 @@ pub struct DataConfig {
     pub max_seq_length: usize,
     /// Put several documents into one row, without attention between them. Default true.
     pub packing: bool,
+    /// Read `train` while training instead of tokenising it first: plain text or JSONL with a field `text`, of any
+    /// size. Rows are always full, documents go on in the next row. Needs `training.max_steps`; to evaluate, name
+    /// `eval`. Default false.
+    pub streaming: bool,
     /// Count prompts and user turns in the loss too. Default false.
     pub train_on_inputs: bool,
     /// What the records are. Default `auto`: told from the first record of each file.
     pub format: Format,
     /// What to do with a record that cannot be used. Default `error`.
     pub on_bad_record: OnBadRecord,
-    /// Visit the data in a new random order in every epoch. Default true.
+    /// Visit the data in a new random order in every epoch; of streamed data, the files. Default true.
     pub shuffle: bool,
     /// Without packing: rows are padded to a multiple of this many tokens. Default 8.
     pub pad_to_multiple_of: usize,
@@ -83,6 +91,7 @@ impl Default for DataConfig {
             val_set_size: ValSetSize::Count(0),
             max_seq_length: 512,
             packing: true,
+            streaming: false,
             train_on_inputs: false,
             format: Format::Auto,
             on_bad_record: OnBadRecord::Error,
@@ -185,6 +194,9 @@ impl DataConfig {
             }
             _ => {}
         }
+        if self.streaming {
+            problems.extend(self.streaming_problems());
+        }
         for (name, column) in &self.fields {
             if !record::FIELDS.contains(&name.as_str()) {
                 problems
@@ -193,6 +205,23 @@ impl DataConfig {
             if column.is_empty() {
                 problems.push(("fields", format!("gives `{name}` an empty name")));
             }
+        }
+        problems
+    }
+
+    fn streaming_problems(&self) -> Vec<(&'static str, String)> {
+        let mut problems = Vec::new();
+        if !self.packing {
+            problems
+                .push(("packing", "is false, but with `streaming` rows are always packed; leave it out".to_owned()));
+        }
+        if self.val_set_size.is_some() {
+            let reason = "is set, but `streaming` never sees all records at once; name other files as `eval`";
+            problems.push(("val_set_size", reason.to_owned()));
+        }
+        if !matches!(self.format, Format::Auto | Format::Text) {
+            let reason = "names prompts or chats, but `streaming` reads plain text; set streaming = false";
+            problems.push(("format", reason.to_owned()));
         }
         problems
     }
@@ -224,16 +253,25 @@ impl ValSetSize {
     }
 }
 
+/// What is trained on.
+#[derive(Debug, Clone)]
+pub enum TrainingData {
+    /// Tokens of all records, in memory.
+    Tokenised(Arc<Dataset>),
+    /// Files that are read while training.
+    Streamed(Corpus),
+}
+
 /// The data of a run.
 #[derive(Debug, Clone)]
 pub struct Prepared {
     /// What is trained on.
-    pub train: Arc<Dataset>,
+    pub train: TrainingData,
     /// What is evaluated on, if anything.
     pub eval: Option<Arc<Dataset>>,
 }
 
-/// Reads, tokenises (or finds in the cache) and splits the data of a run.
+/// Reads, tokenises (or finds in the cache) and splits the data of a run. Streamed training data is only looked at.
 ///
 /// `seed` decides which records `val_set_size` holds out. `cache_folder` is where tokenised data is kept; `None` keeps none.
 ///
@@ -251,13 +289,19 @@ pub fn prepare(
             reason: "is not set: give a path, a list of paths or a hub data set".to_owned(),
         });
     }
-    let train = load("train", &config.train, config, encoder, cache_folder)?;
-    if let Some(paths) = &config.eval {
-        let eval = load("eval", paths, config, encoder, cache_folder)?;
-        return Ok(Prepared { train: Arc::new(train), eval: Some(Arc::new(eval)) });
+    let eval = || -> Result<Option<Arc<Dataset>>, DataError> {
+        let loaded = config.eval.as_ref().map(|paths| load("eval", paths, config, encoder, cache_folder));
+        Ok(loaded.transpose()?.map(Arc::new))
+    };
+    if config.streaming {
+        config.check()?;
+        let corpus = Corpus::open(&config.train, config, encoder.tokenizer)?;
+        return Ok(Prepared { train: TrainingData::Streamed(corpus), eval: eval()? });
     }
-    if !config.val_set_size.is_some() {
-        return Ok(Prepared { train: Arc::new(train), eval: None });
+    let train = load("train", &config.train, config, encoder, cache_folder)?;
+    let prepared = |train, eval| Prepared { train: TrainingData::Tokenised(Arc::new(train)), eval };
+    if config.eval.is_some() || !config.val_set_size.is_some() {
+        return Ok(prepared(train, eval()?));
     }
     let total = train.statistics().records;
     let held_out = config.val_set_size.records_of(total);
@@ -267,7 +311,7 @@ pub fn prepare(
     }
     let (train, eval) = train.split(held_out, seed);
     tracing::info!("held out {} of {total} records for evaluation", eval.statistics().records);
-    Ok(Prepared { train: Arc::new(train), eval: Some(Arc::new(eval)) })
+    Ok(prepared(train, Some(Arc::new(eval))))
 }
 
 /// Reads and tokenises one list of files, or takes the result from the cache. `name` is for messages.
@@ -343,7 +387,8 @@ mod tests {
         assert_eq!(held_out.statistics().records, 10);
         assert_eq!(held_out.fingerprint(), second.eval.unwrap().fingerprint());
         assert_ne!(records(&held_out), records(&other.eval.unwrap()));
-        let mut all = [records(&first.train), records(&held_out)].concat();
+        let TrainingData::Tokenised(train) = &first.train else { panic!("nothing was to be streamed") };
+        let mut all = [records(train), records(&held_out)].concat();
         all.sort_unstable();
         assert_eq!(all, (0..40).collect::<Vec<u64>>());
 
