@@ -136,6 +136,16 @@ fn main() {
         layouts.iter().for_each(|layout| bench.product(m, k, n, layout, k == rank));
     }
 
+    // A projected backward pass (GaLore) of LLaMA-130M: x P, (x P)^T dy, the update P N, and the dense products beside them.
+    let (t2, d2, ff2, r2) = (2048, 768, 2048, 200);
+    for (m, n) in [(d2, d2), (d2, ff2), (ff2, d2)] {
+        bench.product(t2, m, n, "", false);
+        bench.product(m, t2, n, "At", false);
+        bench.product(t2, m, r2, "", false);
+        bench.product(r2, t2, n, "At", false);
+        bench.product(m, 192, n, "", true);
+    }
+
     let (x, gamma, dy) = (tensor(&[t, d]), tensor(&[d]), tensor(&[t, d]));
     bench.time(
         "rms_norm",

@@ -85,12 +85,17 @@ impl Rates {
             Some((_, embedding)) if is_embedding => (embedding, true),
             Some((ratio, _)) if name.ends_with(".delta.up") => (self.learning_rate * ratio, true),
             Some((ratio, _)) if is_vector => (self.learning_rate * ratio, false),
-            _ if is_managed => (self.learning_rate, true),
+            _ if is_managed || is_linear(name) => (self.learning_rate, true),
             _ => (self.plain, true),
         };
         let weight_decay = if decays && !self.no_decay.is_match(name) { self.weight_decay } else { 0.0 };
         StepRule { learning_rate: rate * factor, weight_decay, gradient_scale }
     }
+}
+
+/// Whether a parameter belongs to a linear layer of a block: its weight, or an adapter's factor beside it.
+fn is_linear(name: &str) -> bool {
+    name.contains("_proj.") && !name.ends_with(".bias")
 }
 
 /// What one optimiser step reports.

@@ -35,7 +35,7 @@ impl Default for OptimizerConfig {
 pub struct Common<'a> {
     /// Name of the table.
     pub key: &'static str,
-    /// Peak learning rate of the managed matrices (of everything for AdamW).
+    /// Peak learning rate of the managed matrices; for AdamW of the linear layers of the blocks.
     pub learning_rate: f64,
     /// Peak learning rate of all other parameters.
     pub plain_learning_rate: f64,
@@ -91,15 +91,7 @@ impl OptimizerConfig {
     /// What every table has.
     pub fn common(&self) -> Common<'_> {
         match self {
-            Self::Adamw(table) => Common {
-                key: "adamw",
-                learning_rate: table.learning_rate,
-                plain_learning_rate: table.learning_rate,
-                betas: table.betas,
-                eps: table.eps,
-                weight_decay: table.weight_decay,
-                no_decay: &table.no_decay,
-            },
+            Self::Adamw(table) => common!("adamw", table),
             Self::Galore(table) => common!("galore", table),
             Self::QGalore(table) => common!("q_galore", table),
             Self::DctAdamw(table) => common!("dct_adamw", table),
@@ -129,6 +121,9 @@ impl OptimizerConfig {
 pub struct AdamWConfig {
     /// Peak of the schedule. Default 2e-4, which suits LoRA; full fine-tuning wants about a tenth of it.
     pub learning_rate: f64,
+    /// Peak for everything but the linear layers of the blocks: embeddings, head, norms, biases. Default: `learning_rate`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub plain_learning_rate: Option<f64>,
     /// Decay rates of the two moments. Default [0.9, 0.999].
     pub betas: [f64; 2],
     /// Added to the root of the second moment. Default 1e-8.
@@ -142,7 +137,14 @@ pub struct AdamWConfig {
 
 impl Default for AdamWConfig {
     fn default() -> Self {
-        Self { learning_rate: 2e-4, betas: [0.9, 0.999], eps: 1e-8, weight_decay: 0.0, no_decay: Vec::new() }
+        Self {
+            learning_rate: 2e-4,
+            plain_learning_rate: None,
+            betas: [0.9, 0.999],
+            eps: 1e-8,
+            weight_decay: 0.0,
+            no_decay: Vec::new(),
+        }
     }
 }
 
