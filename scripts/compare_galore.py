@@ -40,17 +40,17 @@ SEEDS = [1, 2, 3]
 STAGES = 4  # of ReLoRA
 FACTOR = 2  # between neighbours of a grid, for --extend
 VARIANTS = {  # name: (title, learning rates); the key of the rate follows from the optimiser of the file
-    "adamw": ("AdamW, all weights", [1.5e-3, 3e-3, 6e-3]),
-    "adamw-one-rate": ("AdamW, one rate for everything", [1.5e-3, 3e-3, 6e-3]),
-    "galore-exact": ("GaLore as published", [1e-2, 2e-2, 4e-2]),
-    "galore-std": ("GaLore projected, smaller side", [1e-2, 2e-2, 4e-2]),
-    "galore-input": ("GaLore projected, input side", [1e-2, 2e-2, 4e-2]),
-    "q-galore": ("Q-GaLore", [1e-2, 2e-2, 4e-2]),
-    "dct": ("DCT-AdamW", [3e-3, 6e-3, 1.2e-2]),
+    "adamw": ("AdamW, all weights", [3.75e-4, 7.5e-4, 1.5e-3]),
+    "adamw-one-rate": ("AdamW, one rate for everything", [7.5e-4, 1.5e-3, 3e-3]),
+    "galore-exact": ("GaLore as published", [5e-3, 1e-2, 2e-2]),
+    "galore-std": ("GaLore projected, smaller side", [5e-3, 1e-2, 2e-2]),
+    "galore-input": ("GaLore projected, input side", [5e-3, 1e-2, 2e-2]),
+    "q-galore": ("Q-GaLore", [5e-3, 1e-2, 2e-2]),
+    "dct": ("DCT-AdamW", [1.5e-3, 3e-3, 6e-3]),
     "apollo": ("APOLLO", [5e-3, 1e-2, 2e-2]),
     "apollo-mini": ("APOLLO-Mini", [5e-3, 1e-2, 2e-2]),
-    "fira": ("Fira", [1e-2, 2e-2, 4e-2]),
-    "ldadam": ("LDAdam", [3e-3, 6e-3, 1.2e-2]),
+    "fira": ("Fira", [5e-3, 1e-2, 2e-2]),
+    "ldadam": ("LDAdam", [1.5e-3, 3e-3, 6e-3]),
     "lora": ("LoRA", [3e-3, 6e-3, 1.2e-2]),
     "relora": (f"ReLoRA, {STAGES} stages", [3e-3, 6e-3, 1.2e-2]),
 }

@@ -32,11 +32,27 @@ pub fn gemm(a: Tensor<2>, b: Tensor<2>, c: Option<Tensor<2>>, alpha: f32) -> Ten
     Tensor::from_dispatch(Dispatch::gemm(a.into_dispatch(), b.into_dispatch(), c, alpha))
 }
 
-/// `y = x w + bias`, where a trained `w` gets the gradient `left^T dW right`, formed without `dW`.
+/// A low-rank update that is not yet in the weight: the layer acts as `keep w + down up`.
+#[derive(Clone, Debug)]
+pub struct Offset {
+    /// `[m, r]`.
+    pub down: Tensor<2>,
+    /// `[r, n]`.
+    pub up: Tensor<2>,
+    /// Factor of the weight.
+    pub keep: f32,
+}
+
+fn optional(tensor: Option<Tensor<2>>) -> Maybe<Dispatch> {
+    Maybe::from_option(tensor.map(Tensor::into_dispatch))
+}
+
+/// `y = x w + bias`, where a trained `w` gets the gradient `left^T dW right`, formed without `dW`. With `pending`, the layer
+/// acts as `keep w + left up`.
 ///
 /// # Shapes
-/// `x [t, m]`, `w [m, n]`, `bias [n]`, `left [m, r]`, `right [n, q]`; `y [t, n]`. The gradient of `w` is `[r, n]`, `[m, q]` or
-/// `[r, q]`, whichever sides are given.
+/// `x [t, m]`, `w [m, n]`, `bias [n]`, `left [m, r]`, `right [n, q]`, `up [r, n]`; `y [t, n]`. The gradient of `w` is `[r, n]`,
+/// `[m, q]` or `[r, q]`, whichever sides are given.
 ///
 /// # Panics
 /// As Burn does, where sizes or element types differ.
@@ -46,17 +62,25 @@ pub fn projected_linear(
     bias: Option<Tensor<1>>,
     left: Option<Tensor<2>>,
     right: Option<Tensor<2>>,
+    pending: Option<(Tensor<2>, f32)>,
 ) -> Tensor<2> {
+    let (up, keep) = match pending {
+        Some((up, keep)) => (Some(up), keep),
+        None => (None, 1.0),
+    };
     Tensor::from_dispatch(Dispatch::projected_linear(
         x.into_dispatch(),
         w.into_dispatch(),
         Maybe::from_option(bias.map(Tensor::into_dispatch)),
-        Maybe::from_option(left.map(Tensor::into_dispatch)),
-        Maybe::from_option(right.map(Tensor::into_dispatch)),
+        optional(left),
+        optional(right),
+        optional(up),
+        keep,
     ))
 }
 
-/// `y = x w + bias`, where the two factors of `dW = x^T dy` become the gradients of the placeholders, and `w` gets none.
+/// `y = x w + bias`, where the two factors of `dW = x^T dy` become the gradients of the placeholders, and `w` gets none. With
+/// an offset, the layer acts as `keep w + down up`.
 ///
 /// # Shapes
 /// `x [t, m]`, `w [m, n]`, `bias [n]`, placeholders of any shape; the gradient of `x_slot` is `x`, that of `dy_slot` `[t, n]`.
@@ -67,13 +91,21 @@ pub fn factored_linear(
     x: Tensor<2>,
     w: Tensor<2>,
     bias: Option<Tensor<1>>,
+    offset: Option<Offset>,
     x_slot: Tensor<2>,
     dy_slot: Tensor<2>,
 ) -> Tensor<2> {
+    let (down, up, keep) = match offset {
+        Some(Offset { down, up, keep }) => (Some(down), Some(up), keep),
+        None => (None, None, 1.0),
+    };
     Tensor::from_dispatch(Dispatch::factored_linear(
         x.into_dispatch(),
         w.into_dispatch(),
         Maybe::from_option(bias.map(Tensor::into_dispatch)),
+        optional(down),
+        optional(up),
+        keep,
         x_slot.into_dispatch(),
         dy_slot.into_dispatch(),
     ))

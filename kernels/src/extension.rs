@@ -82,10 +82,13 @@ pub trait LowRankOps: Backend {
         x: FloatTensor<Self>,
         w: FloatTensor<Self>,
         #[extension_type] bias: Maybe<Self>,
-        #[extension_type] _left: Maybe<Self>,
+        #[extension_type] left: Maybe<Self>,
         #[extension_type] _right: Maybe<Self>,
+        #[extension_type] up: Maybe<Self>,
+        keep: f32,
     ) -> FloatTensor<Self> {
-        linear::forward::<Self>(x, w, bias.option())
+        let offset = projected_linear::Offset::from_options(left.option(), up.option(), keep);
+        projected_linear::forward::<Self>(x, w, bias.option(), offset.as_ref())
     }
 
     /// See [`crate::factored_linear`].
@@ -94,10 +97,14 @@ pub trait LowRankOps: Backend {
         x: FloatTensor<Self>,
         w: FloatTensor<Self>,
         #[extension_type] bias: Maybe<Self>,
+        #[extension_type] down: Maybe<Self>,
+        #[extension_type] up: Maybe<Self>,
+        keep: f32,
         _x_slot: FloatTensor<Self>,
         _dy_slot: FloatTensor<Self>,
     ) -> FloatTensor<Self> {
-        linear::forward::<Self>(x, w, bias.option())
+        let offset = projected_linear::Offset::from_options(down.option(), up.option(), keep);
+        projected_linear::forward::<Self>(x, w, bias.option(), offset.as_ref())
     }
 
     /// See [`crate::rms_norm`].
@@ -297,17 +304,24 @@ mod autodiff {
             bias: Maybe<Self>,
             left: Maybe<Self>,
             right: Maybe<Self>,
+            up: Maybe<Self>,
+            keep: f32,
         ) -> FloatTensor<Self> {
-            projected_linear::autodiff::<B, C>(x, w, bias.option(), left.option(), right.option())
+            let [bias, left, right, up] = [bias, left, right, up].map(Maybe::option);
+            projected_linear::autodiff::<B, C>(x, w, bias, left, right, up, keep)
         }
         fn factored_linear(
             x: FloatTensor<Self>,
             w: FloatTensor<Self>,
             bias: Maybe<Self>,
+            down: Maybe<Self>,
+            up: Maybe<Self>,
+            keep: f32,
             x_slot: FloatTensor<Self>,
             dy_slot: FloatTensor<Self>,
         ) -> FloatTensor<Self> {
-            projected_linear::factored::<B, C>(x, w, bias.option(), x_slot, dy_slot)
+            let [bias, down, up] = [bias, down, up].map(Maybe::option);
+            projected_linear::factored::<B, C>(x, w, bias, down, up, keep, x_slot, dy_slot)
         }
         fn rms_norm(x: FloatTensor<Self>, gamma: FloatTensor<Self>, eps: f32, offset: f32) -> FloatTensor<Self> {
             rms_norm::autodiff::<B, C>(x, gamma, eps, offset)

@@ -18,16 +18,57 @@
 //!
 //! Cost of the weight gradient: `2 t r (m + n)` flops instead of `2 t m n`; nothing of size `m n` exists. `dx = g W^T` as ever.
 //! [`factored`] registers `x` and `g` themselves instead, for a step in which the subspace is chosen anew.
+//!
+//! An update that is not yet in the weight is carried as a low-rank offset: the layer acts as `c W + D U` ([`Offset`]), with
+//! `y = c x W + (x D) U` and `dx = c g W^T + (g U^T) D^T`. Where D is P itself, `x P` serves both.
 
 use burn::backend::autodiff::{
     checkpoint::{base::Checkpointer, strategy::CheckpointStrategy},
     grads::Gradients,
     ops::{Backward, Ops, OpsKind},
 };
-use burn::backend::{Autodiff, tensor::FloatTensor};
+use burn::backend::{Autodiff, TensorMetadata, tensor::FloatTensor};
 
 use crate::extension::{LowRankOps, Maybe};
-use crate::linear::{add_trained_bias, split_bias};
+use crate::linear::{add_trained_bias, broadcast_rows, split_bias};
+
+/// The low-rank part of `c W + D U` and the factor c.
+#[derive(Clone, Debug)]
+pub(crate) struct Offset<B: LowRankOps> {
+    pub down: FloatTensor<B>,
+    pub up: FloatTensor<B>,
+    pub keep: f32,
+}
+
+impl<B: LowRankOps> Offset<B> {
+    pub fn from_options(down: Option<FloatTensor<B>>, up: Option<FloatTensor<B>>, keep: f32) -> Option<Self> {
+        Some(Self { down: down?, up: up?, keep })
+    }
+}
+
+/// `c x W + (x D) U + b`.
+pub(crate) fn forward<B: LowRankOps>(
+    x: FloatTensor<B>,
+    w: FloatTensor<B>,
+    bias: Option<FloatTensor<B>>,
+    offset: Option<&Offset<B>>,
+) -> FloatTensor<B> {
+    let Some(Offset { down, up, keep }) = offset else { return B::dense_linear(x, w, Maybe::from_option(bias)) };
+    let thin = B::gemm(x.clone(), down.clone(), Maybe::Absent, 1.0);
+    let bias = bias.map(|bias| broadcast_rows::<B>(bias, x.shape()[0], w.shape()[1]));
+    let y = B::gemm(x, w, Maybe::from_option(bias), *keep);
+    B::gemm(thin, up.clone(), Maybe::Given(y), 1.0)
+}
+
+/// `c g W^T + (g U^T) D^T`.
+fn input_gradient<B: LowRankOps>(dy: FloatTensor<B>, w: FloatTensor<B>, offset: Option<Offset<B>>) -> FloatTensor<B> {
+    let Some(Offset { down, up, keep }) = offset else {
+        return B::gemm(dy, B::float_transpose(w), Maybe::Absent, 1.0);
+    };
+    let thin = B::gemm(dy.clone(), B::float_transpose(up), Maybe::Absent, 1.0);
+    let dx = B::gemm(dy, B::float_transpose(w), Maybe::Absent, keep);
+    B::gemm(thin, B::float_transpose(down), Maybe::Given(dx), 1.0)
+}
 
 #[derive(Debug)]
 struct ProjectedBackward;
@@ -38,6 +79,7 @@ struct Projected<B: LowRankOps> {
     rows: Option<FloatTensor<B>>,
     right: Option<FloatTensor<B>>,
     w: FloatTensor<B>,
+    offset: Option<Offset<B>>,
 }
 
 impl<B: LowRankOps> Backward<B, 2> for ProjectedBackward {
@@ -46,7 +88,7 @@ impl<B: LowRankOps> Backward<B, 2> for ProjectedBackward {
     fn backward(self, ops: Ops<Self::State, 2>, grads: &mut Gradients, _checkpointer: &mut Checkpointer) {
         let [x_node, w_node] = ops.parents;
         let dy = grads.consume::<B>(&ops.node);
-        let Projected { rows, right, w } = ops.state;
+        let Projected { rows, right, w, offset } = ops.state;
         if let (Some(node), Some(rows)) = (w_node, rows) {
             let columns = match right {
                 Some(right) => B::gemm(dy.clone(), right, Maybe::Absent, 1.0),
@@ -55,7 +97,7 @@ impl<B: LowRankOps> Backward<B, 2> for ProjectedBackward {
             grads.register::<B>(node.id, B::gemm(B::float_transpose(rows), columns, Maybe::Absent, 1.0));
         }
         if let Some(node) = x_node {
-            grads.register::<B>(node.id, B::gemm(dy, B::float_transpose(w), Maybe::Absent, 1.0));
+            grads.register::<B>(node.id, input_gradient::<B>(dy, w, offset));
         }
     }
 }
@@ -66,23 +108,31 @@ pub(crate) fn autodiff<B: LowRankOps, C: CheckpointStrategy>(
     bias: Option<FloatTensor<Autodiff<B, C>>>,
     left: Option<FloatTensor<Autodiff<B, C>>>,
     right: Option<FloatTensor<Autodiff<B, C>>>,
+    up: Option<FloatTensor<Autodiff<B, C>>>,
+    keep: f32,
 ) -> FloatTensor<Autodiff<B, C>> {
     let (constant, trained) = split_bias::<B, C>(bias);
     let left = left.map(|left| left.into_primitive());
     let right = right.map(|right| right.into_primitive());
+    let offset = Offset::<B>::from_options(left.clone(), up.map(|up| up.into_primitive()), keep);
     let w_is_trained = w.is_tracked();
     let (x, x_node) = x.into_parts();
     let (w, w_node) = w.into_parts();
     let y = match ProjectedBackward.prepare::<C>([x_node, w_node]).compute_bound().stateful() {
         OpsKind::Tracked(prep) => {
-            let y = B::dense_linear(x.clone(), w.clone(), Maybe::from_option(constant));
-            let rows = w_is_trained.then(|| match left {
-                Some(left) => B::gemm(x, left, Maybe::Absent, 1.0),
-                None => x,
-            });
-            prep.finish(Projected { rows, right, w }, y)
+            let thin = left.map(|left| B::gemm(x.clone(), left, Maybe::Absent, 1.0));
+            let y = match (&thin, &offset) {
+                (Some(thin), Some(Offset { up, keep, .. })) => {
+                    let constant = constant.map(|bias| broadcast_rows::<B>(bias, x.shape()[0], w.shape()[1]));
+                    let y = B::gemm(x.clone(), w.clone(), Maybe::from_option(constant), *keep);
+                    B::gemm(thin.clone(), up.clone(), Maybe::Given(y), 1.0)
+                }
+                _ => B::dense_linear(x.clone(), w.clone(), Maybe::from_option(constant)),
+            };
+            let rows = w_is_trained.then(|| thin.unwrap_or(x));
+            prep.finish(Projected { rows, right, w, offset }, y)
         }
-        OpsKind::UnTracked(prep) => prep.finish(B::dense_linear(x, w, Maybe::from_option(constant))),
+        OpsKind::UnTracked(prep) => prep.finish(forward::<B>(x, w, constant, offset.as_ref())),
     };
     add_trained_bias::<B, C>(y, trained)
 }
@@ -91,13 +141,13 @@ pub(crate) fn autodiff<B: LowRankOps, C: CheckpointStrategy>(
 struct FactoredBackward;
 
 impl<B: LowRankOps> Backward<B, 3> for FactoredBackward {
-    /// x, W.
-    type State = (FloatTensor<B>, FloatTensor<B>);
+    /// x, W, offset.
+    type State = (FloatTensor<B>, FloatTensor<B>, Option<Offset<B>>);
 
     fn backward(self, ops: Ops<Self::State, 3>, grads: &mut Gradients, _checkpointer: &mut Checkpointer) {
         let [x_node, x_slot, dy_slot] = ops.parents;
         let dy = grads.consume::<B>(&ops.node);
-        let (x, w) = ops.state;
+        let (x, w, offset) = ops.state;
         if let Some(slot) = x_slot {
             grads.register::<B>(slot.id, x);
         }
@@ -105,7 +155,7 @@ impl<B: LowRankOps> Backward<B, 3> for FactoredBackward {
             grads.register::<B>(slot.id, dy.clone());
         }
         if let Some(node) = x_node {
-            grads.register::<B>(node.id, B::gemm(dy, B::float_transpose(w), Maybe::Absent, 1.0));
+            grads.register::<B>(node.id, input_gradient::<B>(dy, w, offset));
         }
     }
 }
@@ -114,20 +164,25 @@ pub(crate) fn factored<B: LowRankOps, C: CheckpointStrategy>(
     x: FloatTensor<Autodiff<B, C>>,
     w: FloatTensor<Autodiff<B, C>>,
     bias: Option<FloatTensor<Autodiff<B, C>>>,
+    down: Option<FloatTensor<Autodiff<B, C>>>,
+    up: Option<FloatTensor<Autodiff<B, C>>>,
+    keep: f32,
     x_slot: FloatTensor<Autodiff<B, C>>,
     dy_slot: FloatTensor<Autodiff<B, C>>,
 ) -> FloatTensor<Autodiff<B, C>> {
     let (constant, trained) = split_bias::<B, C>(bias);
     let w = w.into_primitive(); // its gradient leaves as two factors, not through its own node
+    let [down, up] = [down, up].map(|factor| factor.map(|factor| factor.into_primitive()));
+    let offset = Offset::<B>::from_options(down, up, keep);
     let (x, x_node) = x.into_parts();
     let (_, x_slot) = x_slot.into_parts();
     let (_, dy_slot) = dy_slot.into_parts();
     let y = match FactoredBackward.prepare::<C>([x_node, x_slot, dy_slot]).compute_bound().stateful() {
         OpsKind::Tracked(prep) => {
-            let y = B::dense_linear(x.clone(), w.clone(), Maybe::from_option(constant));
-            prep.finish((x, w), y)
+            let y = forward::<B>(x.clone(), w.clone(), constant, offset.as_ref());
+            prep.finish((x, w, offset), y)
         }
-        OpsKind::UnTracked(prep) => prep.finish(B::dense_linear(x, w, Maybe::from_option(constant))),
+        OpsKind::UnTracked(prep) => prep.finish(forward::<B>(x, w, constant, offset.as_ref())),
     };
     add_trained_bias::<B, C>(y, trained)
 }

@@ -26,9 +26,16 @@ pub enum Gradient {
         left: Option<Tensor<2>>,
         /// Q, `[d_out, r]`.
         right: Option<Tensor<2>>,
+        /// B, `[r, d_out]`, and c: the layer acts as `c W + P B`, an update that is not yet in W.
+        pending: Option<(Tensor<2>, f32)>,
     },
-    /// x and dy themselves, as the gradients of two placeholders, which [`Projection::lift_slots`] makes.
-    Factors(Option<Slots>),
+    /// x and dy themselves, as the gradients of two placeholders.
+    Factors {
+        /// The layer acts as `keep W + down up`, an update that is not yet in W.
+        offset: Option<kernels::Offset>,
+        /// Made by [`Projection::lift_slots`].
+        slots: Option<Slots>,
+    },
 }
 
 /// Placeholders on the tape that receive x and dy.
@@ -82,20 +89,34 @@ impl Projection {
             return delta.forward(x, weight, bias, training);
         }
         match &self.gradient {
-            Gradient::Projected { left, right } => {
+            Gradient::Full => kernels::linear(x, weight, bias),
+            Gradient::Projected { left, right, pending } => {
                 let [left, right] = [left, right].map(|basis| basis.clone().map(|basis| cast(basis, dtype)));
-                kernels::projected_linear(x, weight, bias, left, right)
+                let pending = pending.clone().map(|(up, keep)| (cast(up, dtype), keep));
+                kernels::projected_linear(x, weight, bias, left, right, pending)
             }
-            Gradient::Factors(Some(slots)) => {
-                kernels::factored_linear(x, weight, bias, slots.x.clone(), slots.dy.clone())
+            Gradient::Factors { offset, slots } => {
+                let offset = offset.clone().map(|offset| kernels::Offset {
+                    down: cast(offset.down, dtype),
+                    up: cast(offset.up, dtype),
+                    keep: offset.keep,
+                });
+                match (slots, offset) {
+                    (Some(slots), offset) => {
+                        kernels::factored_linear(x, weight, bias, offset, slots.x.clone(), slots.dy.clone())
+                    }
+                    (None, None) => kernels::linear(x, weight, bias),
+                    (None, Some(kernels::Offset { down, up, keep })) => {
+                        kernels::projected_linear(x, weight, bias, Some(down), None, Some((up, keep)))
+                    }
+                }
             }
-            Gradient::Full | Gradient::Factors(None) => kernels::linear(x, weight, bias),
         }
     }
 
     /// Makes the placeholders of [`Gradient::Factors`] on a projection that was lifted onto the tape.
     pub fn lift_slots(&mut self) {
-        if let Gradient::Factors(slots) = &mut self.gradient {
+        if let Gradient::Factors { slots, .. } = &mut self.gradient {
             let device = self.weight.val().device().inner();
             let slot = || Tensor::from_inner(Tensor::<2>::zeros([1, 1], &device)).require_grad();
             *slots = Some(Slots { x: slot(), dy: slot() });
@@ -104,7 +125,7 @@ impl Projection {
 
     /// x and dy after the backward pass, in f32, where the projection hands over factors.
     pub fn take_factors(&self, gradients: &mut Gradients) -> Option<(Tensor<2>, Tensor<2>)> {
-        let Gradient::Factors(Some(slots)) = &self.gradient else { return None };
+        let Gradient::Factors { slots: Some(slots), .. } = &self.gradient else { return None };
         let [x, dy] = [&slots.x, &slots.dy].map(|slot| slot.grad_remove(gradients));
         Some((cast(x?, FloatDType::F32), cast(dy?, FloatDType::F32)))
     }

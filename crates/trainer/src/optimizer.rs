@@ -16,7 +16,7 @@ use lowrank_models::hf::peft::Modules;
 use lowrank_models::{Decoder, parameters};
 
 use crate::config::{
-    self, Accumulation, ApolloConfig, GaloreConfig, GradientNorm, Granularity, Inner, LowRankCommon, Moments,
+    self, Accumulation, ApolloConfig, GaloreConfig, GradientNorm, Granularity, Inner, LowRankCommon, Merge, Moments,
     OptimizerConfig, ProjType, QGaloreConfig, QWeightFormat, Residual, RunConfig, Score, TargetModules, WeightFormat,
 };
 use crate::error::Problem;
@@ -54,6 +54,11 @@ pub fn build(config: &RunConfig, decoder: &mut Decoder) -> Result<Optimizer, Pro
         optimizer.manage(&target.name, method(config, target, rank, tokens, &bases));
     }
     let weights = weights(&config.optimizer);
+    if matches!(weights, Weights::Int8 { .. }) {
+        tracing::info!(
+            "weights are rounded to 8-bit values after every step, but kept in f32: this saves no memory yet"
+        );
+    }
     store(decoder, &optimizer, weights);
     Ok(optimizer.with_weights(weights, config.seed))
 }
@@ -129,7 +134,7 @@ fn weights(optimizer: &OptimizerConfig) -> Weights {
 /// Casts managed weights to 16 bits where they are kept so.
 fn store(decoder: &mut Decoder, optimizer: &Optimizer, weights: Weights) {
     if weights == Weights::Bf16 {
-        let model = std::mem::replace(&mut decoder.model.layers, vec![]);
+        let model = std::mem::take(&mut decoder.model.layers);
         decoder.model.layers = model
             .into_iter()
             .enumerate()
@@ -279,6 +284,10 @@ fn galore_method(
         moments: match table.moments {
             Moments::Keep => galore::Moments::Keep,
             Moments::Rotate => galore::Moments::Rotate,
+        },
+        merge: match table.merge {
+            Merge::Eager => galore::Merge::Eager,
+            Merge::Deferred => galore::Merge::Deferred,
         },
         quantised: None,
         tokens,

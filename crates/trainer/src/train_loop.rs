@@ -1,6 +1,6 @@
 //! The training loop on one page: batches, forward and backward, clip, update, log, evaluate, save.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
@@ -155,6 +155,7 @@ pub fn optimizer_step(
         let clip = if plan.max_grad_norm > 0.0 { (plan.max_grad_norm / (grad_norm + 1e-6)).min(1.0) } else { 1.0 };
         apply(decoder, &mut accumulated, optimizer, &|name| (plan.rule)(name, managed.contains(name), clip));
     }
+    tell(decoder, optimizer.serving());
     StepReport { loss, grad_norm, applied, gradient_bytes }
 }
 
@@ -170,18 +171,32 @@ fn prepare(
     let chunk = plan.options.head_chunk_tokens.max(1);
     let chunks: usize = batches.iter().map(|batch| batch.target_count().div_ceil(chunk)).sum();
     let passes = |name: &str| if name.starts_with("lm_head") { chunks } else { batches.len() };
-    let mut collect = optimizer.begin(plan.step, &passes);
+    let collect = optimizer.begin(plan.step, &passes);
     let managed = collect.keys().cloned().collect();
+    tell(decoder, collect);
+    managed
+}
+
+/// Tells the linear layers how they act and what they hand over, by name of the weight.
+fn tell(decoder: &mut lowrank_models::Decoder, mut collect: BTreeMap<String, Collect>) {
+    if collect.is_empty() {
+        return;
+    }
     for_each_projection(decoder, |module, projection| {
         if let Some(collect) = collect.remove(&format!("{module}.weight")) {
             projection.gradient = match collect {
                 Collect::Full => Gradient::Full,
-                Collect::Projected { left, right } => Gradient::Projected { left, right },
-                Collect::Factors => Gradient::Factors(None),
+                Collect::Projected { left, right, pending } => Gradient::Projected { left, right, pending },
+                Collect::Factors { offset } => Gradient::Factors { offset, slots: None },
             };
         }
     });
-    managed
+}
+
+/// Puts every update that is still pending into its weight: the model is then its parameters alone.
+pub fn settle(decoder: &mut lowrank_models::Decoder, optimizer: &mut Optimizer) {
+    decoder.map_parameters(&mut |name, value| optimizer.settle(name, value));
+    for_each_projection(decoder, |_, projection| projection.gradient = Gradient::Full);
 }
 
 /// A run between two steps.

@@ -24,7 +24,7 @@ fn dense(input: &[FloatTensor<Tape>]) -> FloatTensor<Tape> {
 fn projected(input: &[FloatTensor<Tape>], left: Option<&FlexTensor>, right: Option<&FlexTensor>) -> FloatTensor<Tape> {
     let [left, right] = [left, right].map(|basis| Maybe::from_option(basis.map(constant)));
     let bias = Maybe::from_option(input.get(2).cloned());
-    Tape::projected_linear(input[0].clone(), input[1].clone(), bias, left, right)
+    Tape::projected_linear(input[0].clone(), input[1].clone(), bias, left, right, Maybe::Absent, 1.0)
 }
 
 /// `(x P)^T (dy Q) = P^T (x^T dy) Q` for any P and Q, with the `y`, `dx` and `db` of the dense layer.
@@ -67,7 +67,7 @@ fn the_factors_arrive_in_the_placeholders() {
         inputs.extend([random.tensor(&[1, 1]), random.tensor(&[1, 1])]);
         let (y, got) = differentiate(&inputs, &[true; 5], &dy, |x| {
             let [input, w, bias, x_slot, dy_slot] = [0, 1, 2, 3, 4].map(|i| x[i].clone());
-            Tape::factored_linear(input, w, Maybe::Given(bias), x_slot, dy_slot)
+            Tape::factored_linear(input, w, Maybe::Given(bias), Maybe::Absent, Maybe::Absent, 1.0, x_slot, dy_slot)
         });
         assert_close("y", &y, &want_y, F32);
         assert_close("dx", got[0].as_ref().unwrap(), want[0].as_ref().unwrap(), F32);
@@ -75,6 +75,41 @@ fn the_factors_arrive_in_the_placeholders() {
         assert_close("db", got[2].as_ref().unwrap(), want[2].as_ref().unwrap(), F32);
         assert_close("x", got[3].as_ref().unwrap(), &inputs[0], F32);
         assert_close("dy", got[4].as_ref().unwrap(), &dy, F32);
+    }
+}
+
+/// With an offset both layers act as `c W + D U`, and what arrives is the same.
+#[test]
+fn an_offset_acts_like_a_changed_weight() {
+    let mut random = Random::new(14);
+    let keep = 0.75;
+    for (t, m, n, r, _) in SHAPES {
+        for view in VIEWS {
+            let (x, w, bias) = (random.view(&[t, m], view), random.view(&[m, n], view), random.tensor(&[n]));
+            let (left, up) = (random.view(&[m, r], view), random.view(&[r, n], view));
+            let dy = random.view(&[t, n], view);
+            let moved = Plain::<burn::backend::Flex>(w.clone()) * keep + Plain(product(left.clone(), up.clone()));
+            let changed = [x.clone(), moved.0, bias.clone()];
+            let (want_y, want) = differentiate(&changed, &[true; 3], &dy, |x| projected(x, Some(&left), None));
+            let inputs = [x.clone(), w.clone(), bias.clone()];
+            let given = |tensor: &FlexTensor| Maybe::Given(constant(tensor));
+            let (y, got) = differentiate(&inputs, &[true; 3], &dy, |x| {
+                let [x, w, bias] = [0, 1, 2].map(|i| x[i].clone());
+                Tape::projected_linear(x, w, Maybe::Given(bias), given(&left), Maybe::Absent, given(&up), keep)
+            });
+            assert_close("y", &y, &want_y, F32);
+            for (i, name) in ["dx", "R", "db"].into_iter().enumerate() {
+                assert_close(name, got[i].as_ref().unwrap(), want[i].as_ref().unwrap(), F32);
+            }
+            let slots = [random.tensor(&[1, 1]), random.tensor(&[1, 1])];
+            let inputs = [x, w, bias, slots[0].clone(), slots[1].clone()];
+            let (y, got) = differentiate(&inputs, &[true; 5], &dy, |x| {
+                let [input, w, bias, x_slot, dy_slot] = [0, 1, 2, 3, 4].map(|i| x[i].clone());
+                Tape::factored_linear(input, w, Maybe::Given(bias), given(&left), given(&up), keep, x_slot, dy_slot)
+            });
+            assert_close("y, factored", &y, &want_y, F32);
+            assert_close("dx, factored", got[0].as_ref().unwrap(), want[0].as_ref().unwrap(), F32);
+        }
     }
 }
 

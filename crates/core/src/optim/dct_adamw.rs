@@ -308,9 +308,9 @@ impl MatrixOptimizer for DctAdamW {
             _ if !self.config.projected => Collect::Full,
             Some((first, _)) if !self.is_selecting => {
                 let Basis { left, right } = self.basis(&first.device());
-                Collect::Projected { left, right }
+                Collect::Projected { left, right, pending: None }
             }
-            _ => Collect::Factors,
+            _ => Collect::factors(),
         }
     }
 
@@ -589,8 +589,8 @@ mod tests {
                     let dy = random(200 + 10 * t + batch, 3, dims[1]);
                     let g = kernels::gemm(x.clone().transpose(), dy.clone(), None, 1.0);
                     let part = match &collect {
-                        Collect::Factors => projected.observe(x, dy),
-                        Collect::Projected { left, right } => {
+                        Collect::Factors { .. } => projected.observe(x, dy),
+                        Collect::Projected { left, right, .. } => {
                             let basis = Basis { left: left.clone(), right: right.clone() };
                             basis.project(g.clone())
                         }
@@ -600,7 +600,7 @@ mod tests {
                     low = Some(low.map_or(part.clone(), |sum| sum + part));
                 }
                 let is_refresh = t == 0 || (t + 1) % gap == 0;
-                assert_eq!(matches!(collect, Collect::Factors), is_refresh, "step {t}");
+                assert_eq!(matches!(collect, Collect::Factors { .. }), is_refresh, "step {t}");
                 assert!(matches!(full.collect(micro_batches), Collect::Full));
                 weight = full.step(weight, whole.unwrap(), RULE);
                 copy = projected.step(copy, low.unwrap(), RULE);
@@ -643,14 +643,14 @@ mod tests {
     fn a_restored_projected_optimiser_collects_the_same() {
         let config = DctAdamWConfig { projected: true, update_proj_gap: 10, ..small() };
         let mut dct = optimizer(&config, [4, 6]);
-        assert!(matches!(dct.collect(1), Collect::Factors));
+        assert!(matches!(dct.collect(1), Collect::Factors { .. }));
         let low = dct.observe(random(1, 8, 4), random(2, 8, 6));
         let weight = dct.step(random(3, 4, 6), low, RULE);
         let mut fresh = optimizer(&config, [4, 6]);
         fresh.restore(dct.save()).unwrap();
         let mut results = vec![];
         for dct in [&mut dct, &mut fresh] {
-            let Collect::Projected { left: Some(left), right: None } = dct.collect(1) else {
+            let Collect::Projected { left: Some(left), right: None, .. } = dct.collect(1) else {
                 unreachable!("no refresh")
             };
             let low = kernels::gemm(left.transpose(), random(4, 4, 6), None, 1.0);

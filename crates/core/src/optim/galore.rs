@@ -17,6 +17,8 @@
 //!   from the momentum, the smoothed memory of the old subspace, and from fresh Gaussian columns;
 //! * with several micro batches the basis of the next step comes from a sketch of the summed gradient (`lagged`), or from the
 //!   first micro batch, or from the dense gradient of that one step;
+//! * with `merge = deferred` the layer acts as `c W + P B` between refreshes: updates go to B in f32, decay to B and c, and W,
+//!   which may have 16 bits, is written once per refresh. The trajectory is the same;
 //! * the norm of G for clipping is estimated without bias: s extra columns of the basis, Gaussian and orthogonal to P, collect
 //!   a sketch of the rest, and `E ||[P | S]^T G||^2 = ||G||^2`. `clip = exact` computes it from `x x^T` and `dy dy^T`.
 //!
@@ -73,6 +75,31 @@ pub enum Moments {
     Rotate,
 }
 
+/// When updates reach the weight.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Merge {
+    /// In every step.
+    #[default]
+    Eager,
+    /// At refreshes, and before the model is written. Input side only.
+    Deferred,
+}
+
+/// Updates that are not yet in the weight: the layer acts as `keep W + P up`.
+#[derive(Clone, Debug)]
+struct Pending {
+    up: Tensor<2>,
+    keep: f64,
+}
+
+impl Pending {
+    /// The weight with these updates.
+    fn merge(&self, weight: Tensor<2>, left: &Tensor<2>) -> Tensor<2> {
+        let weight = if self.keep == 1.0 { weight } else { weight * self.keep };
+        kernels::gemm(left.clone(), self.up.clone(), Some(weight), 1.0)
+    }
+}
+
 /// Hyper-parameters.
 #[derive(Clone, Debug, PartialEq)]
 pub struct GaloreConfig {
@@ -102,6 +129,8 @@ pub struct GaloreConfig {
     pub align_sign: bool,
     /// Moments at a refresh.
     pub moments: Moments,
+    /// When updates reach the weight.
+    pub merge: Merge,
     /// Q-GaLore: basis in int4, lazy refreshes.
     pub quantised: Option<Quantised>,
     /// Tokens of a micro batch, for `proj_type = auto`.
@@ -124,6 +153,7 @@ impl Default for GaloreConfig {
             accumulation: Accumulation::Lagged,
             align_sign: true,
             moments: Moments::Keep,
+            merge: Merge::Eager,
             quantised: None,
             tokens: 2048,
         }
@@ -172,6 +202,9 @@ pub struct Galore {
     energy: Option<(Tensor<1>, Tensor<1>)>,
     overlap: Option<Tensor<1>>,
     seconds: f64,
+    pending: Option<Pending>,
+    /// Updates in the coordinates of the basis before, to be merged in this step.
+    retired: Option<(Tensor<2>, Pending)>,
 }
 
 impl Galore {
@@ -201,6 +234,8 @@ impl Galore {
             energy: None,
             overlap: None,
             seconds: 0.0,
+            pending: None,
+            retired: None,
             config,
         }
     }
@@ -328,6 +363,9 @@ impl Galore {
     /// Takes a new basis into use: signs, moments, quantisation, the sketch of the norm.
     fn install(&mut self, new: Basis) {
         let old = self.basis.take();
+        if let (Some(pending), Some(left)) = (self.pending.take(), old.as_ref().and_then(|old| old.left.clone())) {
+            self.retired = Some((left, pending));
+        }
         let signed = |new: Option<Tensor<2>>, old: Option<&Tensor<2>>| {
             new.map(|new| match old {
                 Some(old) if self.config.align_sign => linalg::align_signs(new, old.clone()),
@@ -389,6 +427,24 @@ impl Galore {
         self.basis = Some(basis);
     }
 
+    /// How the layer acts now with the updates that are not in its weight.
+    fn offset(&self) -> Option<kernels::Offset> {
+        let (down, pending) = (self.basis.as_ref()?.left.clone()?, self.pending.as_ref()?);
+        Some(kernels::Offset { down, up: pending.up.clone(), keep: pending.keep as f32 })
+    }
+
+    /// The pending updates in the coordinates of the collected basis: its further columns have none.
+    fn widened_pending(&self) -> Option<(Tensor<2>, f32)> {
+        let pending = self.pending.as_ref()?;
+        let columns = self.collected.as_ref()?.left.as_ref()?.dims()[1];
+        let [rank, n] = pending.up.dims();
+        let up = match columns - rank {
+            0 => pending.up.clone(),
+            more => Tensor::cat(vec![pending.up.clone(), Tensor::zeros([more, n], &pending.up.device())], 0),
+        };
+        Some((up, pending.keep as f32))
+    }
+
     /// What the backward pass would have collected for the factors.
     fn collect_factors(&self, x: &Tensor<2>, dy: &Tensor<2>) -> Tensor<2> {
         let Some(Basis { left, right }) = self.collected.clone() else { unreachable!("a basis was chosen before") };
@@ -447,9 +503,26 @@ impl MatrixOptimizer for Galore {
         match (self.plan, &self.collected) {
             (Plan::Dense { .. }, _) => Collect::Full,
             (Plan::Projected, Some(Basis { left, right })) => {
-                Collect::Projected { left: left.clone(), right: right.clone() }
+                Collect::Projected { left: left.clone(), right: right.clone(), pending: self.widened_pending() }
             }
-            _ => Collect::Factors,
+            _ => Collect::Factors { offset: self.offset() },
+        }
+    }
+
+    fn keeps_weight(&self) -> bool {
+        self.config.merge == Merge::Deferred && self.retired.is_none() && self.plan != Plan::RefreshLagged
+    }
+
+    fn serving(&self) -> Option<Collect> {
+        let kernels::Offset { down, up, keep } = self.offset()?;
+        Some(Collect::Projected { left: Some(down), right: None, pending: Some((up, keep)) })
+    }
+
+    fn settle(&mut self, weight: Tensor<2>) -> Tensor<2> {
+        let left = self.basis.as_ref().and_then(|basis| basis.left.clone());
+        match (self.pending.take(), left) {
+            (Some(pending), Some(left)) => pending.merge(weight, &left),
+            _ => weight,
         }
     }
 
@@ -497,12 +570,26 @@ impl MatrixOptimizer for Galore {
         self.energy = Some((kernels::sum_squares(low.clone()), whole));
         let low = if rule.gradient_scale == 1.0 { low } else { low * rule.gradient_scale };
         let update = self.rule.step(low, rule.learning_rate);
-        let Some(basis) = &self.basis else { unreachable!("the first step refreshes") };
-        let weight = basis.add_back(weight, update, -self.config.scale);
-        let decay = rule.learning_rate * rule.weight_decay;
-        let weight = if decay > 0.0 { weight * (1.0 - decay) } else { weight };
+        let keep = 1.0 - rule.learning_rate * rule.weight_decay;
+        let mut weight = match self.config.merge {
+            Merge::Eager => {
+                let Some(basis) = &self.basis else { unreachable!("the first step refreshes") };
+                let weight = basis.add_back(weight, update, -self.config.scale);
+                if keep < 1.0 { weight * keep } else { weight }
+            }
+            Merge::Deferred => {
+                let before = self.pending.take().map(|pending| (pending.up, pending.keep));
+                let (up, kept) = before.unwrap_or_else(|| (update.zeros_like(), 1.0));
+                self.pending = Some(Pending { up: (up - update * self.config.scale) * keep, keep: kept * keep });
+                match self.retired.take() {
+                    Some((left, pending)) => pending.merge(weight, &left),
+                    None => weight,
+                }
+            }
+        };
         if self.plan == Plan::RefreshLagged {
             let started = Instant::now();
+            weight = self.settle(weight);
             if let Some(basis) = self.basis_of_sketch() {
                 self.install(basis);
             }
@@ -524,6 +611,10 @@ impl MatrixOptimizer for Galore {
                 }
             }
         }
+        if let Some(pending) = &self.pending {
+            state.tensors.insert("pending".to_owned(), pending.up.clone());
+            state.numbers.insert("pending_keep".to_owned(), pending.keep.to_bits());
+        }
         if let Some(lazy) = &self.lazy {
             lazy.save(&mut state);
         }
@@ -536,6 +627,10 @@ impl MatrixOptimizer for Galore {
         let [m, n] = self.dims;
         let left = state.optional_tensor("left", [m, self.rank])?;
         let right = state.optional_tensor("right", [n, self.rank])?;
+        self.pending = match state.optional_tensor("pending", [self.rank, n])? {
+            Some(up) => Some(Pending { up, keep: f64::from_bits(state.number("pending_keep")?) }),
+            None => None,
+        };
         if let Some(lazy) = &mut self.lazy {
             lazy.restore(&mut state)?;
         }
@@ -561,7 +656,8 @@ impl MatrixOptimizer for Galore {
             Some(quantised) => quantised.bytes(basis),
             None => 4 * basis,
         };
-        basis + self.rule.state_bytes()
+        let pending = self.pending.as_ref().map_or(0, |pending| 4 * pending.up.shape().num_elements());
+        basis + pending + self.rule.state_bytes()
     }
 }
 

@@ -54,6 +54,7 @@ pub const METHODS: &[(&str, &str, &str)] = &[
 ];
 
 /// What the backward passes of a step hand over for one matrix `W [m, n]`.
+#[allow(clippy::large_enum_variant)] // one per matrix and step, moved once
 #[derive(Clone, Debug)]
 pub enum Collect {
     /// `dW`, `[m, n]`.
@@ -64,9 +65,21 @@ pub enum Collect {
         left: Option<Tensor<2>>,
         /// Q, `[n, r]`.
         right: Option<Tensor<2>>,
+        /// B, `[r, n]`, and c: the layer acts as `c W + P B`, an update that is not yet in W.
+        pending: Option<(Tensor<2>, f32)>,
     },
     /// x `[t, m]` and dy `[t, n]` with `dW = x^T dy`, for [`MatrixOptimizer::observe`].
-    Factors,
+    Factors {
+        /// The layer acts as `keep W + down up`, an update that is not yet in W.
+        offset: Option<kernels::Offset>,
+    },
+}
+
+impl Collect {
+    /// Both factors of the gradient.
+    pub fn factors() -> Self {
+        Self::Factors { offset: None }
+    }
 }
 
 /// The state of one parameter as it goes to a checkpoint. Floats among the numbers are stored by their bits.
@@ -145,6 +158,21 @@ pub trait MatrixOptimizer: std::fmt::Debug + Send {
 
     /// The new weight `[m, n]` (f32) after a step with the sum of what was collected.
     fn step(&mut self, weight: Tensor<2>, collected: Tensor<2>, rule: StepRule) -> Tensor<2>;
+
+    /// Whether the coming step leaves the weight as it is; it is then handed over and taken back in any type.
+    fn keeps_weight(&self) -> bool {
+        false
+    }
+
+    /// How a layer acts between steps, where that is not by its weight alone.
+    fn serving(&self) -> Option<Collect> {
+        None
+    }
+
+    /// The weight with every pending update in it, which is pending no more.
+    fn settle(&mut self, weight: Tensor<2>) -> Tensor<2> {
+        weight
+    }
 
     /// The state for a checkpoint.
     fn save(&self) -> State;
@@ -251,6 +279,9 @@ impl Optimizer {
         let Some(method) = self.matrices.get_mut(name) else {
             return self.plain.step(name, parameter, collected, rule);
         };
+        if method.keeps_weight() {
+            return method.step(parameter, collected, rule);
+        }
         let dtype = FloatDType::from(parameter.dtype());
         let updated = method.step(cast(parameter, FloatDType::F32), collected, rule);
         let stream = Stream::new(self.seed, name);
@@ -264,6 +295,22 @@ impl Optimizer {
                 let groups = Groups::quantise_with(&linalg::host(updated), 8, group, rounding);
                 Tensor::from_data(TensorData::new(groups.dequantise(), dims), &device)
             }
+        }
+    }
+
+    /// How layers act between steps, where that is not by their weights alone.
+    pub fn serving(&self) -> BTreeMap<String, Collect> {
+        self.matrices.iter().filter_map(|(name, method)| Some((name.clone(), method.serving()?))).collect()
+    }
+
+    /// A parameter with every pending update in it.
+    pub fn settle(&mut self, name: &str, parameter: Tensor<2>) -> Tensor<2> {
+        match self.matrices.get_mut(name) {
+            Some(method) if method.serving().is_some() => {
+                let dtype = FloatDType::from(parameter.dtype());
+                cast(method.settle(cast(parameter, FloatDType::F32)), dtype)
+            }
+            _ => parameter,
         }
     }
 
@@ -297,12 +344,11 @@ impl Optimizer {
 
     /// What the low-rank methods tell, by parameter.
     pub fn reports(&self) -> BTreeMap<&str, Report> {
-        let report = |(name, method): (&'_ String, &Box<dyn MatrixOptimizer>)| {
-            let mut report = method.report();
-            report.overlap = report.overlap.or_else(|| self.overlaps.get(name).copied());
-            report
+        let with_overlap = |name: &str, report: Report| {
+            let overlap = report.overlap.or_else(|| self.overlaps.get(name).copied());
+            Report { overlap, ..report }
         };
-        self.matrices.iter().map(|entry| (entry.0.as_str(), report(entry))).collect()
+        self.matrices.iter().map(|(name, method)| (name.as_str(), with_overlap(name, method.report()))).collect()
     }
 
     /// Bytes of all state.

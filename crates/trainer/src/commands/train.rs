@@ -208,6 +208,7 @@ fn on_signals() -> Result<Arc<AtomicBool>, Problem> {
 /// Writes the adapter, or the whole model.
 fn write_result(run: &mut Run<'_>) -> Result<(), Problem> {
     let failed = |error: &dyn std::error::Error| Problem::run(format!("cannot write the result: {error}"));
+    crate::train_loop::settle(&mut run.session.decoder, &mut run.optimizer);
     let (session, config) = (&run.session, run.config);
     let folder = match &session.adapter {
         Some(adapter) => {

@@ -4,8 +4,12 @@ use std::path::Path;
 
 use regex::Regex;
 
-use super::optimizer::{Common, GaloreConfig, GradientNorm, Inner, OptimizerConfig, QGaloreConfig, Score};
-use super::raw::{AdapterConfig, EvaluationConfig, LoraConfig, RunConfig, Scheduler, TargetModules, TrainingConfig};
+use super::optimizer::{
+    Accumulation, Common, GaloreConfig, GradientNorm, Inner, Merge, OptimizerConfig, ProjType, QGaloreConfig, Score,
+};
+use super::raw::{
+    AdapterConfig, EvaluationConfig, LoraConfig, OnNonFinite, RunConfig, Scheduler, TargetModules, TrainingConfig,
+};
 use super::resolve::Purpose;
 
 /// One sentence for every value that makes no sense, in the order of the file. Empty: the configuration is good.
@@ -153,9 +157,8 @@ fn check_optimizer(config: &RunConfig, found: &mut Findings) {
     found.require(config.adapter.is_none() && config.init_adapter.is_none(), || {
         format!("[optimizer.{key}] trains the weights of the model, which [adapter] and init_adapter freeze: keep one")
     });
-    let micro_batches = config.training.gradient_accumulation_steps;
     match &config.optimizer {
-        OptimizerConfig::Galore(galore) => check_galore(galore, micro_batches, found),
+        OptimizerConfig::Galore(galore) => check_galore(galore, &config.training, found),
         OptimizerConfig::QGalore(galore) => check_q_galore(galore, found),
         OptimizerConfig::DctAdamw(dct) => {
             let fits = dct.score == Score::L2 && !dct.error_feedback;
@@ -173,7 +176,8 @@ fn check_optimizer(config: &RunConfig, found: &mut Findings) {
     }
 }
 
-fn check_galore(galore: &GaloreConfig, micro_batches: usize, found: &mut Findings) {
+fn check_galore(galore: &GaloreConfig, training: &TrainingConfig, found: &mut Findings) {
+    let micro_batches = training.gradient_accumulation_steps;
     check_positive("optimizer.galore.scale", galore.scale, found);
     check_at_least_one("optimizer.galore.block_size", galore.block_size as u64, found);
     check_at_least_one("optimizer.galore.norm_sketch", galore.norm_sketch as u64, found);
@@ -185,6 +189,23 @@ fn check_galore(galore: &GaloreConfig, micro_batches: usize, found: &mut Finding
     found.require(galore.momentum.is_none() || has_momentum, || {
         "optimizer.galore.momentum is set, but AdamW has betas".to_owned()
     });
+    if galore.merge == Merge::Deferred {
+        let is_input = matches!(galore.proj_type, None | Some(ProjType::Input));
+        found.require(is_input && !galore.exact, || {
+            "optimizer.galore.merge = \"deferred\" carries updates as P B, which needs proj_type = \"input\" and exact = false"
+                .to_owned()
+        });
+        found.require(training.on_non_finite == OnNonFinite::Stop, || {
+            "optimizer.galore.merge = \"deferred\" cannot leave out a step (training.on_non_finite = \"skip\"): a refresh \
+             retires pending updates, and the step must merge them"
+                .to_owned()
+        });
+        found.require(galore.accumulation != Accumulation::Dense, || {
+            "optimizer.galore.merge = \"deferred\" and accumulation = \"dense\" are both set: a dense refresh forms the whole \
+             gradient and knows no pending update; use \"lagged\""
+                .to_owned()
+        });
+    }
     let ghost = galore.gradient_norm == GradientNorm::Exact && !galore.exact;
     found.require(!ghost || micro_batches == 1, || {
         format!(

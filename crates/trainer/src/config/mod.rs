@@ -14,8 +14,8 @@ pub use check::{device_name_is_valid, problems};
 pub use diff::{Change, diff};
 pub use optimizer::{
     Accumulation, AdamWConfig, ApolloConfig, Common, DctAdamwConfig, FiraConfig, GaloreConfig, GradientNorm,
-    Granularity, Inner, LdadamConfig, LowRankCommon, Moments, OptimizerConfig, ProjType, QGaloreConfig, QWeightFormat,
-    Residual, Score, WeightFormat,
+    Granularity, Inner, LdadamConfig, LowRankCommon, Merge, Moments, OptimizerConfig, ProjType, QGaloreConfig,
+    QWeightFormat, Residual, Score, WeightFormat,
 };
 pub use raw::{
     AdapterConfig, Dtype, EvaluationConfig, GradientCheckpointing, Init, InitLoraWeights, LoggingConfig, LoraConfig,

@@ -222,6 +222,17 @@ pub enum Moments {
     Rotate,
 }
 
+/// When updates reach the weight.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Merge {
+    /// In every step.
+    #[default]
+    Eager,
+    /// At refreshes; in between the layer carries them as a low-rank product in f32. Input side only.
+    Deferred,
+}
+
 /// How the managed weights are stored between steps.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -294,6 +305,8 @@ pub struct GaloreConfig {
     pub moments: Moments,
     /// How the targets' weights are stored. Default `f32`.
     pub weights: WeightFormat,
+    /// When updates reach the weight. Default `eager`.
+    pub merge: Merge,
 }
 
 impl Default for GaloreConfig {
@@ -324,6 +337,7 @@ impl Default for GaloreConfig {
             align_sign: None,
             moments: Moments::Keep,
             weights: WeightFormat::F32,
+            merge: Merge::Eager,
         }
     }
 }

@@ -1,5 +1,5 @@
 //! Texts of every kind of mistake in a configuration, word for word.
-#![allow(clippy::unwrap_used)]
+#![allow(clippy::unwrap_used, clippy::panic)]
 
 use std::path::PathBuf;
 
@@ -159,7 +159,7 @@ fn text_that_is_not_toml() {
 fn unknown_keys_name_the_valid_ones() {
     assert_eq!(
         failure(&GOOD.replace("learning_rate", "learnig_rate"), &[]),
-        "run.toml, line 7, column 1: unknown key `learnig_rate` in [optimizer.adamw]\n  7 | learnig_rate = 1e-3\n\nhint: did you mean `learning_rate`? Valid keys here: learning_rate, betas, eps, weight_decay, no_decay"
+        "run.toml, line 7, column 1: unknown key `learnig_rate` in [optimizer.adamw]\n  7 | learnig_rate = 1e-3\n\nhint: did you mean `learning_rate`? Valid keys here: learning_rate, plain_learning_rate, betas, eps, weight_decay, no_decay"
     );
     assert_eq!(
         failure("sed = 1", &[]),

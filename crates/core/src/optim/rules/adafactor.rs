@@ -142,7 +142,7 @@ mod tests {
 
     #[test]
     fn the_scale_of_the_gradient_does_not_matter_and_zeros_are_zeros() {
-        let values = vec![0.5f32, -0.25, 0.1, 1.0, 2.0, -3.0];
+        let values = [0.5f32, -0.25, 0.1, 1.0, 2.0, -3.0];
         let step = |scale: f32| {
             let mut rule = Adafactor::new(None, 0.8, 1e-30, 1.0);
             rule.step(of(values.iter().map(|value| value * scale).collect(), [2, 3]), 0.1)

@@ -171,7 +171,7 @@ mod tests {
                 }
                 let update = rule.step(of(gradient.to_vec(), [2, 3]), eta);
                 assert_near(&update, &expected, 1e-6);
-                assert_near(&rule.momentum().unwrap_or_else(|| update), &m, 1e-6);
+                assert_near(&rule.momentum().unwrap_or(update), &m, 1e-6);
             }
             assert_eq!(rule.state_bytes(), 48);
         }
