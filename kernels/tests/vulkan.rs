@@ -74,6 +74,24 @@ fn lowrank_linear(device: &Device) -> Vec<Vec<f32>> {
     collect(out, vec![gradient_of(&x), gradient_of(&down), gradient_of(&up)], device)
 }
 
+/// With a basis on both sides, and with a pending update on the input side.
+fn projected_linear(device: &Device) -> Vec<Vec<f32>> {
+    let (x, w) = (leaf(1, [8, 8], device), leaf(2, [8, 8], device));
+    let [left, right, up] = [3, 4, 5].map(|seed| constant(seed, [8, 8], device));
+    let both = kernels::projected_linear(x.clone(), w.clone(), None, Some(left.clone()), Some(right), None);
+    let mut all = collect(both, vec![gradient_of(&x), gradient_of(&w)], device);
+    let pending = kernels::projected_linear(x.clone(), w.clone(), None, Some(left), None, Some((up, 0.5)));
+    all.extend(collect(pending, vec![gradient_of(&x), gradient_of(&w)], device));
+    all
+}
+
+fn factored_linear(device: &Device) -> Vec<Vec<f32>> {
+    let (x, w) = (leaf(1, [8, 8], device), constant(2, [8, 8], device));
+    let slots = [leaf(3, [1, 1], device), leaf(4, [1, 1], device)];
+    let out = kernels::factored_linear(x.clone(), w, None, None, slots[0].clone(), slots[1].clone());
+    collect(out, vec![gradient_of(&x), gradient_of(&slots[0]), gradient_of(&slots[1])], device)
+}
+
 fn rms_norm(device: &Device) -> Vec<Vec<f32>> {
     let (x, gamma) = (leaf(1, [6, 10], device), leaf(2, [10], device));
     collect(kernels::rms_norm(x.clone(), gamma.clone(), 1e-5, 1.0), vec![gradient_of(&x), gradient_of(&gamma)], device)
@@ -133,9 +151,11 @@ fn operations_agree_with_the_cpu() {
             std::env::set_var("XDG_RUNTIME_DIR", std::env::temp_dir());
         }
     }
-    let operations: [(&str, fn(&Device) -> Vec<Vec<f32>>); 9] = [
+    let operations: [(&str, fn(&Device) -> Vec<Vec<f32>>); 11] = [
         ("linear", linear),
         ("lowrank_linear", lowrank_linear),
+        ("projected_linear", projected_linear),
+        ("factored_linear", factored_linear),
         ("rms_norm", rms_norm),
         ("rotary", rotary),
         ("attention", attention),

@@ -131,6 +131,11 @@ fn weights(optimizer: &OptimizerConfig) -> Weights {
     }
 }
 
+/// Whether managed weights are kept in bf16, which not every device has.
+pub fn stores_bf16(optimizer: &OptimizerConfig) -> bool {
+    weights(optimizer) == Weights::Bf16
+}
+
 /// Casts managed weights to 16 bits where they are kept so.
 fn store(decoder: &mut Decoder, optimizer: &Optimizer, weights: Weights) {
     if weights == Weights::Bf16 {

@@ -41,6 +41,9 @@ pub fn train(config: &RunConfig) -> anyhow::Result<()> {
     let dir = RunDir::open(&config.output_dir, &config.training.resume_from_checkpoint)?;
     let resume = dir.checkpoint_to_resume(&config.training.resume_from_checkpoint)?;
     let mut session = Session::for_training(config)?;
+    if optimizer::stores_bf16(&config.optimizer) {
+        crate::device::compute_type(config::Dtype::Bf16, &session.device)?; // or says what the device cannot do
+    }
     let mut optimizer = optimizer::build(config, &mut session.decoder)?;
     let prepared = prepare(config, &session)?;
     let config_text = config::resolved_toml(config, &session.device.description)?;

@@ -286,6 +286,53 @@ fn all_senseless_values_are_reported_together() {
     assert_eq!(got, expected);
 }
 
+/// Combinations of a low-rank optimiser that cannot work name the reason.
+#[test]
+fn impossible_combinations_of_low_rank_optimisers() {
+    let run = |optimizer: &str| {
+        format!(
+            "base_model = \"m\"\noutput_dir = \"o\"\n[optimizer]\n{optimizer}\n[data]\ntrain = \"t.txt\"\n[training]\nmax_steps = 10\n"
+        )
+    };
+    let cases: [(&str, &[&str], &str); 9] = [
+        (
+            "galore = {}",
+            &["adapter.lora.r=4"],
+            "[optimizer.galore] trains the weights of the model, which [adapter] and init_adapter freeze: keep one",
+        ),
+        (
+            "galore = { gradient_norm = \"exact\" }",
+            &["training.gradient_accumulation_steps=2"],
+            "optimizer.galore.gradient_norm = \"exact\" needs gradient_accumulation_steps = 1, got 2: the norm of a sum is \
+             not known from its parts; use \"hybrid\"",
+        ),
+        (
+            "galore = { merge = \"deferred\", proj_type = \"output\" }",
+            &[],
+            "optimizer.galore.merge = \"deferred\" carries updates as P B, which needs proj_type = \"input\" and exact = \
+             false",
+        ),
+        (
+            "galore = { merge = \"deferred\" }",
+            &["training.on_non_finite=skip"],
+            "optimizer.galore.merge = \"deferred\" cannot leave out a step (training.on_non_finite = \"skip\"): a refresh \
+             retires pending updates, and the step must merge them",
+        ),
+        ("galore = { momentum = 0.5 }", &[], "optimizer.galore.momentum is set, but AdamW has betas"),
+        ("galore = { rank = 0 }", &[], "optimizer.galore.rank is 0, must be at least 1"),
+        ("q_galore = { basis_bits = 3 }", &[], "optimizer.q_galore.basis_bits is 3, must be 4 or 8"),
+        (
+            "dct_adamw = { projected = true, score = \"l1\" }",
+            &[],
+            "optimizer.dct_adamw.projected forms no dense gradient, which score = \"l1\" and error_feedback need",
+        ),
+        ("fira = { update_proj_gap = 0 }", &[], "optimizer.fira.update_proj_gap is 0, must be at least 1"),
+    ];
+    for (optimizer, sets, expected) in cases {
+        assert_eq!(failure(&run(optimizer), sets), format!("run.toml: {expected}"));
+    }
+}
+
 #[test]
 fn evaluation_during_training_needs_data() {
     assert_eq!(
