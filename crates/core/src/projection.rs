@@ -14,7 +14,8 @@ use lowrank_kernels as kernels;
 
 use crate::lowrank::{LowRank, cast};
 
-/// What the backward pass makes of the gradient of a trained W.
+/// What the backward pass makes of the gradient of a trained W. Low-rank optimisers say before each step what they want.
+#[allow(clippy::large_enum_variant)] // one per layer, moved once a step
 #[derive(Clone, Debug, Default)]
 pub enum Gradient {
     /// `dW = x^T dy`, `[d_in, d_out]`.
@@ -36,6 +37,13 @@ pub enum Gradient {
         /// Made by [`Projection::lift_slots`].
         slots: Option<Slots>,
     },
+}
+
+impl Gradient {
+    /// Both factors, of a layer that acts by its weight alone.
+    pub fn factors() -> Self {
+        Self::Factors { offset: None, slots: None }
+    }
 }
 
 /// Placeholders on the tape that receive x and dy.

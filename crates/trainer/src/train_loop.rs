@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use lowrank_core::optim::adamw::StepRule;
-use lowrank_core::optim::{Collect, Optimizer, Schedule, ScheduleKind};
+use lowrank_core::optim::{Optimizer, Schedule, ScheduleKind};
 use lowrank_core::projection::Gradient;
 use lowrank_models::adapters::for_each_projection;
 use lowrank_models::{Batch, parameters};
@@ -171,24 +171,20 @@ fn prepare(
     let chunk = plan.options.head_chunk_tokens.max(1);
     let chunks: usize = batches.iter().map(|batch| batch.target_count().div_ceil(chunk)).sum();
     let passes = |name: &str| if name.starts_with("lm_head") { chunks } else { batches.len() };
-    let collect = optimizer.begin(plan.step, &passes);
-    let managed = collect.keys().cloned().collect();
-    tell(decoder, collect);
+    let gradients = optimizer.begin(plan.step, &passes);
+    let managed = gradients.keys().cloned().collect();
+    tell(decoder, gradients);
     managed
 }
 
 /// Tells the linear layers how they act and what they hand over, by name of the weight.
-fn tell(decoder: &mut lowrank_models::Decoder, mut collect: BTreeMap<String, Collect>) {
-    if collect.is_empty() {
+fn tell(decoder: &mut lowrank_models::Decoder, mut gradients: BTreeMap<String, Gradient>) {
+    if gradients.is_empty() {
         return;
     }
     for_each_projection(decoder, |module, projection| {
-        if let Some(collect) = collect.remove(&format!("{module}.weight")) {
-            projection.gradient = match collect {
-                Collect::Full => Gradient::Full,
-                Collect::Projected { left, right, pending } => Gradient::Projected { left, right, pending },
-                Collect::Factors { offset } => Gradient::Factors { offset, slots: None },
-            };
+        if let Some(gradient) = gradients.remove(&format!("{module}.weight")) {
+            projection.gradient = gradient;
         }
     });
 }

@@ -42,8 +42,9 @@ use lowrank_kernels as kernels;
 
 use super::fira::{Energy, basis_on, decayed, one_side, projected_size, rank_axis, scaled};
 use super::subspace::{Basis, ProjType, Side};
-use super::{Collect, MatrixOptimizer, Report, State, StepRule};
+use super::{MatrixOptimizer, Report, State, StepRule};
 use crate::linalg;
+use crate::projection::Gradient;
 
 /// Columns of the sketch of the scores.
 const SKETCH: usize = 32;
@@ -301,16 +302,16 @@ fn int_tensor(values: Vec<i64>, device: &Device) -> Tensor<1, Int> {
 }
 
 impl MatrixOptimizer for DctAdamW {
-    fn collect(&mut self, _micro_batches: usize) -> Collect {
+    fn collect(&mut self, _micro_batches: usize) -> Gradient {
         self.is_projected = self.config.projected;
         self.is_selecting = self.config.projected && self.is_due();
         match &self.moments {
-            _ if !self.config.projected => Collect::Full,
+            _ if !self.config.projected => Gradient::Full,
             Some((first, _)) if !self.is_selecting => {
                 let Basis { left, right } = self.basis(&first.device());
-                Collect::Projected { left, right, pending: None }
+                Gradient::Projected { left, right, pending: None }
             }
-            _ => Collect::factors(),
+            _ => Gradient::factors(),
         }
     }
 
@@ -589,19 +590,19 @@ mod tests {
                     let dy = random(200 + 10 * t + batch, 3, dims[1]);
                     let g = kernels::gemm(x.clone().transpose(), dy.clone(), None, 1.0);
                     let part = match &collect {
-                        Collect::Factors { .. } => projected.observe(x, dy),
-                        Collect::Projected { left, right, .. } => {
+                        Gradient::Factors { .. } => projected.observe(x, dy),
+                        Gradient::Projected { left, right, .. } => {
                             let basis = Basis { left: left.clone(), right: right.clone() };
                             basis.project(g.clone())
                         }
-                        Collect::Full => unreachable!("projected"),
+                        Gradient::Full => unreachable!("projected"),
                     };
                     whole = Some(whole.map_or(g.clone(), |sum| sum + g));
                     low = Some(low.map_or(part.clone(), |sum| sum + part));
                 }
                 let is_refresh = t == 0 || (t + 1) % gap == 0;
-                assert_eq!(matches!(collect, Collect::Factors { .. }), is_refresh, "step {t}");
-                assert!(matches!(full.collect(micro_batches), Collect::Full));
+                assert_eq!(matches!(collect, Gradient::Factors { .. }), is_refresh, "step {t}");
+                assert!(matches!(full.collect(micro_batches), Gradient::Full));
                 weight = full.step(weight, whole.unwrap(), RULE);
                 copy = projected.step(copy, low.unwrap(), RULE);
                 assert_eq!(full.indices(), projected.indices(), "step {t}");
@@ -643,14 +644,14 @@ mod tests {
     fn a_restored_projected_optimiser_collects_the_same() {
         let config = DctAdamWConfig { projected: true, update_proj_gap: 10, ..small() };
         let mut dct = optimizer(&config, [4, 6]);
-        assert!(matches!(dct.collect(1), Collect::Factors { .. }));
+        assert!(matches!(dct.collect(1), Gradient::Factors { .. }));
         let low = dct.observe(random(1, 8, 4), random(2, 8, 6));
         let weight = dct.step(random(3, 4, 6), low, RULE);
         let mut fresh = optimizer(&config, [4, 6]);
         fresh.restore(dct.save()).unwrap();
         let mut results = vec![];
         for dct in [&mut dct, &mut fresh] {
-            let Collect::Projected { left: Some(left), right: None, .. } = dct.collect(1) else {
+            let Gradient::Projected { left: Some(left), right: None, .. } = dct.collect(1) else {
                 unreachable!("no refresh")
             };
             let low = kernels::gemm(left.transpose(), random(4, 4, 6), None, 1.0);

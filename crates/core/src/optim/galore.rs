@@ -38,8 +38,9 @@ use lowrank_kernels as kernels;
 use super::q_galore::{LazyGap, Quantised};
 use super::rules::{Rule, RuleConfig};
 use super::subspace::{Basis, ProjType, Side};
-use super::{Collect, MatrixOptimizer, Report, State, StepRule};
+use super::{MatrixOptimizer, Report, State, StepRule};
 use crate::linalg;
+use crate::projection::Gradient;
 
 /// How a refresh over several micro batches gets its basis.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -487,7 +488,7 @@ pub fn ghost_norm(x: &Tensor<2>, dy: &Tensor<2>) -> Tensor<1> {
 }
 
 impl MatrixOptimizer for Galore {
-    fn collect(&mut self, micro_batches: usize) -> Collect {
+    fn collect(&mut self, micro_batches: usize) -> Gradient {
         let is_due = self.refresh_is_due();
         self.squared_norm = None;
         self.is_chosen = false;
@@ -501,11 +502,11 @@ impl MatrixOptimizer for Galore {
             (true, _) => Plan::RefreshNow,
         };
         match (self.plan, &self.collected) {
-            (Plan::Dense { .. }, _) => Collect::Full,
+            (Plan::Dense { .. }, _) => Gradient::Full,
             (Plan::Projected, Some(Basis { left, right })) => {
-                Collect::Projected { left: left.clone(), right: right.clone(), pending: self.widened_pending() }
+                Gradient::Projected { left: left.clone(), right: right.clone(), pending: self.widened_pending() }
             }
-            _ => Collect::Factors { offset: self.offset() },
+            _ => Gradient::Factors { offset: self.offset(), slots: None },
         }
     }
 
@@ -513,9 +514,9 @@ impl MatrixOptimizer for Galore {
         self.config.merge == Merge::Deferred && self.retired.is_none() && self.plan != Plan::RefreshLagged
     }
 
-    fn serving(&self) -> Option<Collect> {
+    fn serving(&self) -> Option<Gradient> {
         let kernels::Offset { down, up, keep } = self.offset()?;
-        Some(Collect::Projected { left: Some(down), right: None, pending: Some((up, keep)) })
+        Some(Gradient::Projected { left: Some(down), right: None, pending: Some((up, keep)) })
     }
 
     fn settle(&mut self, weight: Tensor<2>) -> Tensor<2> {

@@ -58,11 +58,11 @@ fn projected(rank: usize, gap: u64, proj_type: ProjType) -> GaloreConfig {
 const RULE: StepRule = StepRule { learning_rate: 0.02, weight_decay: 0.0, gradient_scale: 1.0 };
 
 /// What a backward pass hands over.
-fn collect(collect: &Collect, method: &mut dyn MatrixOptimizer, x: &Tensor<2>, dy: &Tensor<2>) -> Tensor<2> {
+fn collect(collect: &Gradient, method: &mut dyn MatrixOptimizer, x: &Tensor<2>, dy: &Tensor<2>) -> Tensor<2> {
     match collect {
-        Collect::Full => product(&x.clone().transpose(), dy),
-        Collect::Factors { .. } => method.observe(x.clone(), dy.clone()),
-        Collect::Projected { left, right, .. } => {
+        Gradient::Full => product(&x.clone().transpose(), dy),
+        Gradient::Factors { .. } => method.observe(x.clone(), dy.clone()),
+        Gradient::Projected { left, right, .. } => {
             let rows = left.as_ref().map_or(x.clone(), |left| product(x, left));
             let columns = right.as_ref().map_or(dy.clone(), |right| product(dy, right));
             product(&rows.transpose(), &columns)
@@ -238,7 +238,8 @@ fn deferred_updates_are_the_same_updates() {
             let mut weight = TASK.start();
             for at in 0..17 {
                 let mut effective = weight.clone();
-                if let Some(Collect::Projected { left: Some(left), pending: Some((up, keep)), .. }) = method.serving() {
+                if let Some(Gradient::Projected { left: Some(left), pending: Some((up, keep)), .. }) = method.serving()
+                {
                     effective = weight.clone() * keep + product(&left, &up);
                 }
                 let batches: Vec<_> = (0..parts).map(|part| TASK.batch(2 * at + part, &effective)).collect();
@@ -493,7 +494,7 @@ fn accumulation_and_refresh_work_together() {
 
 impl Galore {
     fn step_on(&mut self, weight: Tensor<2>, gradient: Tensor<2>) -> Tensor<2> {
-        assert!(matches!(self.collect(1), Collect::Full));
+        assert!(matches!(self.collect(1), Gradient::Full));
         self.step(weight, gradient, RULE)
     }
 }

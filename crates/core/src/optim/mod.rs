@@ -2,7 +2,7 @@
 //!
 //! Every trained parameter is a matrix with a name. [`Optimizer`] holds the state of all of them: matrices that a low-rank
 //! method manages ([`MatrixOptimizer`]) and the others, which get [`AdamW`]. A low-rank method decides before each step what
-//! the backward passes shall hand over for its matrix ([`Collect`]): the dense gradient, a projected one, or its two factors.
+//! the backward passes shall hand over for its matrix ([`Gradient`]): the dense gradient, a projected one, or its two factors.
 //!
 //! | part | what |
 //! | --- | --- |
@@ -34,6 +34,7 @@ pub use subspace::{Basis, ProjType, Side};
 
 use crate::linalg;
 use crate::lowrank::cast;
+use crate::projection::Gradient;
 use crate::quant::{Groups, Rounding};
 use crate::random::Stream;
 
@@ -47,40 +48,10 @@ pub const METHODS: &[(&str, &str, &str)] = &[
         "m r / 8 + r n / 2",
     ),
     ("dct_adamw", "DCT projection with column selection, arXiv 2505.17967", "2 r n"),
-    ("apollo", "APOLLO, arXiv 2412.05270: random projection, channel-wise scaling", "2 r n"),
-    ("apollo_mini", "APOLLO-Mini, arXiv 2412.05270: rank 1, one scale per matrix", "2 n"),
+    ("apollo", "APOLLO and APOLLO-Mini, arXiv 2412.05270: scaled by what Adam does to a random projection", "2 r n"),
     ("fira", "Fira, arXiv 2410.01623: GaLore plus the scaled rest", "m r + 2 r n"),
     ("ldadam", "LDAdam, arXiv 2410.16103: a new basis every step, error feedback", "m n + m r + 2 r n"),
 ];
-
-/// What the backward passes of a step hand over for one matrix `W [m, n]`.
-#[allow(clippy::large_enum_variant)] // one per matrix and step, moved once
-#[derive(Clone, Debug)]
-pub enum Collect {
-    /// `dW`, `[m, n]`.
-    Full,
-    /// `left^T dW right`, formed without `dW`.
-    Projected {
-        /// P, `[m, r]`.
-        left: Option<Tensor<2>>,
-        /// Q, `[n, r]`.
-        right: Option<Tensor<2>>,
-        /// B, `[r, n]`, and c: the layer acts as `c W + P B`, an update that is not yet in W.
-        pending: Option<(Tensor<2>, f32)>,
-    },
-    /// x `[t, m]` and dy `[t, n]` with `dW = x^T dy`, for [`MatrixOptimizer::observe`].
-    Factors {
-        /// The layer acts as `keep W + down up`, an update that is not yet in W.
-        offset: Option<kernels::Offset>,
-    },
-}
-
-impl Collect {
-    /// Both factors of the gradient.
-    pub fn factors() -> Self {
-        Self::Factors { offset: None }
-    }
-}
 
 /// The state of one parameter as it goes to a checkpoint. Floats among the numbers are stored by their bits.
 #[derive(Clone, Debug, Default)]
@@ -140,13 +111,13 @@ pub struct Report {
 /// A low-rank method on one matrix.
 pub trait MatrixOptimizer: std::fmt::Debug + Send {
     /// Says what the backward passes of the coming step shall hand over.
-    fn collect(&mut self, micro_batches: usize) -> Collect {
+    fn collect(&mut self, micro_batches: usize) -> Gradient {
         let _ = micro_batches;
-        Collect::Full
+        Gradient::Full
     }
 
     /// Sees the factors x `[t, m]` and dy `[t, n]` of one micro batch and returns what it collects of them. Only called
-    /// where [`MatrixOptimizer::collect`] asked for [`Collect::Factors`].
+    /// where [`MatrixOptimizer::collect`] asked for [`Gradient::Factors`].
     fn observe(&mut self, x: Tensor<2>, dy: Tensor<2>) -> Tensor<2> {
         kernels::gemm(x.transpose(), dy, None, 1.0)
     }
@@ -165,7 +136,7 @@ pub trait MatrixOptimizer: std::fmt::Debug + Send {
     }
 
     /// How a layer acts between steps, where that is not by its weight alone.
-    fn serving(&self) -> Option<Collect> {
+    fn serving(&self) -> Option<Gradient> {
         None
     }
 
@@ -251,7 +222,7 @@ impl Optimizer {
 
     /// Starts step number `step` (from 0); `passes` tells in how many parts the gradient of a matrix will come. Says what each
     /// managed matrix wants collected.
-    pub fn begin(&mut self, step: u64, passes: &dyn Fn(&str) -> usize) -> BTreeMap<String, Collect> {
+    pub fn begin(&mut self, step: u64, passes: &dyn Fn(&str) -> usize) -> BTreeMap<String, Gradient> {
         self.step = step;
         let collect =
             |(name, method): (&String, &mut Box<dyn MatrixOptimizer>)| (name.clone(), method.collect(passes(name)));
@@ -299,7 +270,7 @@ impl Optimizer {
     }
 
     /// How layers act between steps, where that is not by their weights alone.
-    pub fn serving(&self) -> BTreeMap<String, Collect> {
+    pub fn serving(&self) -> BTreeMap<String, Gradient> {
         self.matrices.iter().filter_map(|(name, method)| Some((name.clone(), method.serving()?))).collect()
     }
 
