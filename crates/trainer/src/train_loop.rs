@@ -28,8 +28,10 @@ use crate::tensorboard::EventWriter;
 pub struct Rates {
     schedule: Schedule,
     learning_rate: f64,
-    /// Learning rate of parameters that a low-rank method does not manage.
+    /// Learning rate of parameters that a low-rank method does not manage, or that are outside the blocks' linear layers.
     plain: f64,
+    /// No low-rank method: the linear layers are told by their names.
+    is_adamw: bool,
     weight_decay: f64,
     no_decay: RegexSet,
     /// LoRA+: factor of B, and the learning rate of embedding factors.
@@ -66,7 +68,9 @@ impl Rates {
             _ => None,
         };
         let (learning_rate, plain) = (optimizer.learning_rate, optimizer.plain_learning_rate);
-        Ok(Self { schedule, learning_rate, plain, weight_decay: optimizer.weight_decay, no_decay, plus })
+        let is_adamw = config.optimizer.low_rank().is_none();
+        let weight_decay = optimizer.weight_decay;
+        Ok(Self { schedule, learning_rate, plain, is_adamw, weight_decay, no_decay, plus })
     }
 
     /// The base learning rate at a step, counted from 0.
@@ -85,7 +89,7 @@ impl Rates {
             Some((_, embedding)) if is_embedding => (embedding, true),
             Some((ratio, _)) if name.ends_with(".delta.up") => (self.learning_rate * ratio, true),
             Some((ratio, _)) if is_vector => (self.learning_rate * ratio, false),
-            _ if is_managed || is_linear(name) => (self.learning_rate, true),
+            _ if is_managed || (self.is_adamw && is_linear(name)) => (self.learning_rate, true),
             _ => (self.plain, true),
         };
         let weight_decay = if decays && !self.no_decay.is_match(name) { self.weight_decay } else { 0.0 };

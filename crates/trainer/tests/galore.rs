@@ -6,7 +6,7 @@ use lowrank_models::{Batch, load, parameters};
 use lowrank_train::config::{GradientCheckpointing, RunConfig};
 use lowrank_train::optimizer;
 use lowrank_train::step::StepOptions;
-use lowrank_train::train_loop::{StepPlan, optimizer_step};
+use lowrank_train::train_loop::{Rates, StepPlan, optimizer_step};
 
 const VOCAB: u64 = 96;
 const STEPS: u64 = 200;
@@ -72,4 +72,26 @@ fn the_loss_is_that_of_the_exact_decomposition() {
     let projected = final_loss(&format!("galore = {{ {galore} }}"));
     assert!(exact < 3.0, "the task is learned: {exact}");
     assert!((projected - exact).abs() < 0.01 * exact, "exact {exact}, projected {projected}");
+}
+
+/// Managed matrices have the learning rate of the method, everything else the plain one; AdamW tells linear layers of blocks
+/// from the rest.
+#[test]
+fn every_parameter_has_its_rate() {
+    let rate = |table: &str, name: &str, is_managed: bool| {
+        let mut config = RunConfig { optimizer: toml::from_str(table).unwrap(), ..RunConfig::default() };
+        config.training.lr_scheduler = lowrank_train::config::Scheduler::Constant;
+        Rates::new(&config, 10).unwrap().rule(name, is_managed, 0, 1.0).learning_rate
+    };
+    let (linear, embedding) = ("model.layers.0.self_attn.q_proj.weight", "model.embed_tokens.weight");
+    let galore = "galore = { learning_rate = 0.5, plain_learning_rate = 0.25 }";
+    assert_eq!(rate(galore, linear, true), 0.5);
+    assert_eq!(rate(galore, linear, false), 0.25, "a linear layer that is no target");
+    assert_eq!(rate(galore, embedding, false), 0.25);
+    assert_eq!(rate("galore = { learning_rate = 0.5 }", embedding, false), 0.5, "one rate unless told otherwise");
+    let adamw = "adamw = { learning_rate = 0.5, plain_learning_rate = 0.25 }";
+    assert_eq!(rate(adamw, linear, false), 0.5);
+    assert_eq!(rate(adamw, "model.layers.0.mlp.up_proj.delta.up", false), 0.5);
+    assert_eq!(rate(adamw, "model.layers.0.self_attn.q_proj.bias", false), 0.25);
+    assert_eq!(rate(adamw, embedding, false), 0.25);
 }
