@@ -260,7 +260,7 @@ pub struct TokenizerArgs {
     /// Folder for tokenizer.json and tokenizer_config.json
     #[arg(long, value_name = "DIR")]
     pub output: PathBuf,
-    /// Further special tokens, beside <unk>, <s>, </s> and <pad>
+    /// Further special tokens, beside the usual four (unknown, begin, end, padding)
     #[arg(long, value_name = "TOKEN", num_args = 1..)]
     pub special: Vec<String>,
     /// Replace a tokenizer that is in the folder already

@@ -56,7 +56,7 @@ pub fn build(config: &RunConfig, decoder: &mut Decoder) -> Result<Optimizer, Pro
     let weights = weights(&config.optimizer);
     if matches!(weights, Weights::Int8 { .. }) {
         tracing::info!(
-            "weights are rounded to 8-bit values after every step, but kept in f32: this saves no memory yet"
+            "weights and bases are rounded to 8-bit and 4-bit values, but kept in f32: that saves no memory yet"
         );
     }
     store(decoder, &optimizer, weights);

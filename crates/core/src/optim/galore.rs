@@ -188,8 +188,7 @@ pub struct Galore {
     /// Added to the step before it is compared with the gap, so that matrices refresh at different steps.
     offset: u64,
     rule: Box<dyn Rule>,
-    basis: Option<Basis>,
-    /// The basis with the columns of the norm's sketch.
+    /// The basis, then the columns of the norm's sketch.
     collected: Option<Basis>,
     /// Steps done.
     step: u64,
@@ -224,7 +223,6 @@ impl Galore {
             rank,
             side,
             offset,
-            basis: None,
             collected: None,
             step: 0,
             refreshes: 0,
@@ -246,9 +244,11 @@ impl Galore {
         self.side
     }
 
-    /// The basis in use.
-    pub fn basis(&self) -> Option<&Basis> {
-        self.basis.as_ref()
+    /// The basis in use: the first r columns of what is collected.
+    pub fn basis(&self) -> Option<Basis> {
+        let first = |widened: &Tensor<2>| widened.clone().slice([0..widened.dims()[0], 0..self.rank]);
+        let Basis { left, right } = self.collected.as_ref()?;
+        Some(Basis { left: left.as_ref().map(first), right: right.as_ref().map(first) })
     }
 
     fn gap(&self) -> u64 {
@@ -256,7 +256,7 @@ impl Galore {
     }
 
     fn refresh_is_due(&self) -> bool {
-        self.basis.is_none() || (self.step + self.offset).is_multiple_of(self.gap())
+        self.collected.is_none() || (self.step + self.offset).is_multiple_of(self.gap())
     }
 
     /// Columns of the norm's sketch.
@@ -363,7 +363,7 @@ impl Galore {
 
     /// Takes a new basis into use: signs, moments, quantisation, the sketch of the norm.
     fn install(&mut self, new: Basis) {
-        let old = self.basis.take();
+        let old = self.basis();
         if let (Some(pending), Some(left)) = (self.pending.take(), old.as_ref().and_then(|old| old.left.clone())) {
             self.retired = Some((left, pending));
         }
@@ -425,12 +425,11 @@ impl Galore {
         };
         self.collected =
             Some(Basis { left: widened(&basis.left, "norm rows"), right: widened(&basis.right, "norm columns") });
-        self.basis = Some(basis);
     }
 
     /// How the layer acts now with the updates that are not in its weight.
     fn offset(&self) -> Option<kernels::Offset> {
-        let (down, pending) = (self.basis.as_ref()?.left.clone()?, self.pending.as_ref()?);
+        let (down, pending) = (self.basis()?.left?, self.pending.as_ref()?);
         Some(kernels::Offset { down, up: pending.up.clone(), keep: pending.keep as f32 })
     }
 
@@ -498,7 +497,7 @@ impl MatrixOptimizer for Galore {
             (false, _) if self.config.norm == Norm::Exact => Plan::Norm,
             (false, _) => Plan::Projected,
             (true, Accumulation::Dense) if micro_batches > 1 => Plan::Dense { refresh: true },
-            (true, Accumulation::Lagged) if micro_batches > 1 && self.basis.is_some() => Plan::RefreshLagged,
+            (true, Accumulation::Lagged) if micro_batches > 1 && self.collected.is_some() => Plan::RefreshLagged,
             (true, _) => Plan::RefreshNow,
         };
         match (self.plan, &self.collected) {
@@ -520,7 +519,7 @@ impl MatrixOptimizer for Galore {
     }
 
     fn settle(&mut self, weight: Tensor<2>) -> Tensor<2> {
-        let left = self.basis.as_ref().and_then(|basis| basis.left.clone());
+        let left = self.basis().and_then(|basis| basis.left);
         match (self.pending.take(), left) {
             (Some(pending), Some(left)) => pending.merge(weight, &left),
             _ => weight,
@@ -563,7 +562,7 @@ impl MatrixOptimizer for Galore {
                     self.install(basis);
                 }
                 self.seconds += started.elapsed().as_secs_f64();
-                let Some(basis) = &self.basis else { unreachable!("the first step refreshes") };
+                let Some(basis) = self.basis() else { unreachable!("the first step refreshes") };
                 basis.project(collected)
             }
             _ => self.low_rank_part(collected),
@@ -574,7 +573,7 @@ impl MatrixOptimizer for Galore {
         let keep = 1.0 - rule.learning_rate * rule.weight_decay;
         let mut weight = match self.config.merge {
             Merge::Eager => {
-                let Some(basis) = &self.basis else { unreachable!("the first step refreshes") };
+                let Some(basis) = self.basis() else { unreachable!("the first step refreshes") };
                 let weight = basis.add_back(weight, update, -self.config.scale);
                 if keep < 1.0 { weight * keep } else { weight }
             }
@@ -605,11 +604,9 @@ impl MatrixOptimizer for Galore {
         self.rule.save(&mut state);
         state.numbers.insert("galore_step".to_owned(), self.step);
         state.numbers.insert("refreshes".to_owned(), self.refreshes);
-        if let Some(basis) = &self.basis {
-            for (key, part) in [("left", &basis.left), ("right", &basis.right)] {
-                if let Some(part) = part {
-                    state.tensors.insert(key.to_owned(), part.clone());
-                }
+        if let Some(Basis { left, right }) = self.basis() {
+            for (key, part) in [("left", left), ("right", right)] {
+                state.tensors.extend(part.map(|part| (key.to_owned(), part)));
             }
         }
         if let Some(pending) = &self.pending {
@@ -652,11 +649,7 @@ impl MatrixOptimizer for Galore {
     }
 
     fn state_bytes(&self) -> usize {
-        let basis = self.basis.as_ref().map_or(0, Basis::len);
-        let basis = match &self.config.quantised {
-            Some(quantised) => quantised.bytes(basis),
-            None => 4 * basis,
-        };
+        let basis = 4 * self.collected.as_ref().map_or(0, Basis::len);
         let pending = self.pending.as_ref().map_or(0, |pending| 4 * pending.up.shape().num_elements());
         basis + pending + self.rule.state_bytes()
     }

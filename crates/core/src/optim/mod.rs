@@ -42,11 +42,7 @@ use crate::random::Stream;
 pub const METHODS: &[(&str, &str, &str)] = &[
     ("adamw", "AdamW, arXiv 1711.05101, as torch.optim.AdamW", "2 m n"),
     ("galore", "GaLore, arXiv 2403.03507, with projected backward or published", "m r + 2 r n"),
-    (
-        "q_galore",
-        "Q-GaLore, arXiv 2407.08296: int4 basis, lazy refresh, 8-bit Adam, rounded weights",
-        "m r / 8 + r n / 2",
-    ),
+    ("q_galore", "Q-GaLore, arXiv 2407.08296: int4 basis, lazy refresh, 8-bit Adam, rounded weights", "m r + r n / 2"),
     ("dct_adamw", "DCT projection with column selection, arXiv 2505.17967", "2 r n"),
     ("apollo", "APOLLO and APOLLO-Mini, arXiv 2412.05270: scaled by what Adam does to a random projection", "2 r n"),
     ("fira", "Fira, arXiv 2410.01623: GaLore plus the scaled rest", "m r + 2 r n"),

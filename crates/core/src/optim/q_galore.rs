@@ -9,7 +9,8 @@
 //!   values at hand and their mean at least 0.4, the gap doubles. The next refresh is the next step divisible by the new gap.
 //! * **Weights** are rounded stochastically: see [`super::Weights`].
 //!
-//! State beside GaLore's: one vector of length m or n and five numbers.
+//! Basis and weights have the quantised values but are held in f32 here: what they cost in memory is GaLore's. State beside
+//! GaLore's: one vector of length m or n and five numbers.
 
 use std::collections::VecDeque;
 
@@ -50,11 +51,6 @@ impl Quantised {
             Tensor::from_data(TensorData::new(groups.dequantise(), dims), &device)
         };
         Basis { left: basis.left.map(|left| through(left.transpose()).transpose()), right: basis.right.map(through) }
-    }
-
-    /// Bytes of a quantised basis of `values` values: codes, and a scale and a zero of four bytes per group.
-    pub fn bytes(&self, values: usize) -> usize {
-        (values * usize::from(self.basis_bits)).div_ceil(8) + 8 * values.div_ceil(self.group)
     }
 }
 
@@ -184,6 +180,5 @@ mod tests {
         let error = linalg::host(through - basis.clone()).iter().map(|&v| f64::from(v).powi(2)).sum::<f64>().sqrt();
         let relative = error / 64f64.sqrt();
         assert!((0.08..0.14).contains(&relative), "{relative}");
-        assert_eq!(config.bytes(1024 * 64), 1024 * 32 + 8 * 256);
     }
 }
