@@ -22,8 +22,8 @@ use std::time::Instant;
 
 use burn::tensor::{Device, Tensor};
 
-use super::fira::{
-    Energy, Limiter, basis_on, correction, decayed, one_side, overlap, projected_size, rank_axis, ratio, scalar, scaled,
+use super::one_side::{
+    Limiter, basis_on, correction, decayed, one_side, overlap, projected_size, rank_axis, ratio, scalar, scaled,
 };
 use super::rules::{AdamForm, Rule, RuleConfig};
 use super::subspace::{Basis, ProjType, Side};
@@ -92,7 +92,6 @@ pub struct Apollo {
     /// Steps done.
     step: u64,
     seconds: f64,
-    energy: Option<Energy>,
     overlap: Option<Tensor<1>>,
 }
 
@@ -114,7 +113,6 @@ impl Apollo {
             limiter: Limiter::default(),
             step: 0,
             seconds: 0.0,
-            energy: None,
             overlap: None,
         }
     }
@@ -163,7 +161,6 @@ impl MatrixOptimizer for Apollo {
         let low = basis.project(gradient.clone());
         self.basis = Some((self.step / self.gap(), basis));
         self.step += 1;
-        self.energy = Some(Energy::of(&low, &gradient));
         // The rule multiplies by the learning rate and the correction: with its inverse, what comes out is N.
         let correction = correction(self.config.betas, self.step);
         let normed = self.rule.step(low.clone(), 1.0 / correction);
@@ -198,10 +195,10 @@ impl MatrixOptimizer for Apollo {
         }
     }
 
-    /// The energy of a random image is 1 on average and can be larger.
+    /// No energy: a random projection keeps a gradient's length on average, whatever its rank.
     fn report(&self) -> Report {
         Report {
-            energy: self.energy.as_ref().map(Energy::share),
+            energy: None,
             refreshes: self.step.div_ceil(self.gap()),
             refresh_seconds: self.seconds,
             overlap: self.overlap.as_ref().map(scalar),
@@ -217,8 +214,8 @@ impl MatrixOptimizer for Apollo {
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
-    use super::super::fira::directions;
-    use super::super::fira::tests::{Host, HostAdam, RULE, assert_resumes, random};
+    use super::super::host_oracle::{Host, HostAdam, RULE, assert_resumes, random};
+    use super::super::one_side::directions;
     use super::*;
 
     /// Four steps against the formulas.

@@ -40,7 +40,7 @@ use std::time::Instant;
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use lowrank_kernels as kernels;
 
-use super::fira::{Energy, basis_on, decayed, one_side, projected_size, rank_axis, scaled};
+use super::one_side::{Energy, basis_on, decayed, one_side, projected_size, rank_axis, scaled};
 use super::subspace::{Basis, ProjType, Side};
 use super::{MatrixOptimizer, Report, State, StepRule};
 use crate::linalg;
@@ -430,7 +430,7 @@ impl DctAdamW {
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
-    use super::super::fira::tests::{Host, RULE, assert_resumes, device, random};
+    use super::super::host_oracle::{Host, RULE, assert_resumes, device, random};
     use super::*;
 
     fn optimizer(config: &DctAdamWConfig, dims: [usize; 2]) -> DctAdamW {

@@ -24,7 +24,7 @@ use std::time::Instant;
 use burn::tensor::Tensor;
 use lowrank_kernels as kernels;
 
-use super::fira::{Energy, basis_on, decayed, directions, one_side, projected_size, rank_axis, scalar, scaled};
+use super::one_side::{Energy, basis_on, decayed, directions, one_side, projected_size, rank_axis, scalar, scaled};
 use super::rules::{AdamForm, Rule, RuleConfig};
 use super::subspace::{Basis, ProjType, Side};
 use super::{MatrixOptimizer, Report, State, StepRule};
@@ -205,7 +205,7 @@ impl MatrixOptimizer for LdAdam {
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
-    use super::super::fira::tests::{Host, RULE, assert_resumes, device, random};
+    use super::super::host_oracle::{Host, RULE, assert_resumes, device, random};
     use super::*;
 
     /// Q of `Y = QR`, diagonal of R positive, by Gram and Schmidt.

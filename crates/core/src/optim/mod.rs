@@ -15,7 +15,10 @@ pub mod apollo;
 pub mod dct_adamw;
 pub mod fira;
 pub mod galore;
+#[cfg(test)]
+mod host_oracle;
 pub mod ldadam;
+mod one_side;
 pub mod q_galore;
 pub mod rules;
 pub mod schedule;
