@@ -5,7 +5,7 @@ use burn::tensor::{FloatDType, Gradients, Int, Tensor};
 
 pub use crate::adamw::AdamW;
 pub use crate::gated::Activation;
-use crate::{LowRankOps, Maybe};
+use crate::{LowRankOps, Maybe, Weight};
 
 /// `y = x w + bias`. Gradients for `x`, and for `w` and `bias` only where they are trained.
 ///
@@ -14,9 +14,12 @@ use crate::{LowRankOps, Maybe};
 ///
 /// # Panics
 /// As Burn does, where the inner sizes or element types differ.
-pub fn linear(x: Tensor<2>, w: Tensor<2>, bias: Option<Tensor<1>>) -> Tensor<2> {
+pub fn linear(x: Tensor<2>, w: impl Into<Weight>, bias: Option<Tensor<1>>) -> Tensor<2> {
     let bias = Maybe::from_option(bias.map(Tensor::into_dispatch));
-    Tensor::from_dispatch(Dispatch::dense_linear(x.into_dispatch(), w.into_dispatch(), bias))
+    match w.into() {
+        Weight::Dense(w) => Tensor::from_dispatch(Dispatch::dense_linear(x.into_dispatch(), w.into_dispatch(), bias)),
+        Weight::Packed(w) => Tensor::from_dispatch(Dispatch::packed_linear(x.into_dispatch(), w.into_parts(), bias)),
+    }
 }
 
 /// `alpha a b + c`; on the CPU transposed views are not copied, and `c` is changed in place where nothing else holds it.
@@ -131,22 +134,25 @@ pub fn factored_linear(
 /// As Burn does, where sizes or element types differ.
 pub fn lowrank_linear(
     x: Tensor<2>,
-    w: Tensor<2>,
+    w: impl Into<Weight>,
     bias: Option<Tensor<1>>,
     mask: Option<Tensor<2>>,
     down: Tensor<2>,
     up: Tensor<2>,
     scale: f32,
 ) -> Tensor<2> {
-    Tensor::from_dispatch(Dispatch::lowrank_linear(
-        x.into_dispatch(),
-        w.into_dispatch(),
-        Maybe::from_option(bias.map(Tensor::into_dispatch)),
-        Maybe::from_option(mask.map(Tensor::into_dispatch)),
-        down.into_dispatch(),
-        up.into_dispatch(),
-        scale,
-    ))
+    let bias = Maybe::from_option(bias.map(Tensor::into_dispatch));
+    let (mask, down, up) = (optional(mask), down.into_dispatch(), up.into_dispatch());
+    match w.into() {
+        Weight::Dense(w) => {
+            let (x, w) = (x.into_dispatch(), w.into_dispatch());
+            Tensor::from_dispatch(Dispatch::lowrank_linear(x, w, bias, mask, down, up, scale))
+        }
+        Weight::Packed(w) => {
+            let (x, w) = (x.into_dispatch(), w.into_parts());
+            Tensor::from_dispatch(Dispatch::packed_lowrank_linear(x, w, bias, mask, down, up, scale))
+        }
+    }
 }
 
 /// `x / sqrt(mean(x^2) + eps) * (offset + gamma)` over the last axis.

@@ -9,9 +9,10 @@ use burn::backend::{Backend, ExtensionType, backend_extension, tensor::FloatTens
 use burn::tensor::FloatDType;
 
 use crate::gated::Activation;
+use crate::packed::{Operand, PackedParts};
 use crate::{
-    adamw, attention, cross_entropy, gated, gemm, linear, lowrank_linear, projected_linear, reduce, rms_norm, rotary,
-    stochastic_round,
+    adamw, attention, cross_entropy, gated, gemm, linear, lowrank_linear, packed, projected_linear, reduce, rms_norm,
+    rotary, stochastic_round,
 };
 
 /// An optional float tensor in the signature of an operation.
@@ -73,7 +74,49 @@ pub trait LowRankOps: Backend {
         up: FloatTensor<Self>,
         scale: f32,
     ) -> FloatTensor<Self> {
+        lowrank_linear::reference::<Self>(x, w, bias.option(), mask.option(), down, up, scale)
+    }
+
+    /// See [`crate::linear`].
+    #[fusion(default)]
+    fn packed_linear(
+        x: FloatTensor<Self>,
+        #[extension_type] w: PackedParts<Self>,
+        #[extension_type] bias: Maybe<Self>,
+    ) -> FloatTensor<Self> {
+        packed::reference::linear::<Self>(x, w, bias.option(), packed::reference::PANEL)
+    }
+
+    /// Gradient of x.
+    #[fusion(default)]
+    fn packed_linear_backward(dy: FloatTensor<Self>, #[extension_type] w: PackedParts<Self>) -> FloatTensor<Self> {
+        packed::reference::input_gradient::<Self>(dy, w, packed::reference::PANEL)
+    }
+
+    /// See [`crate::lowrank_linear`].
+    #[fusion(default)]
+    fn packed_lowrank_linear(
+        x: FloatTensor<Self>,
+        #[extension_type] w: PackedParts<Self>,
+        #[extension_type] bias: Maybe<Self>,
+        #[extension_type] mask: Maybe<Self>,
+        down: FloatTensor<Self>,
+        up: FloatTensor<Self>,
+        scale: f32,
+    ) -> FloatTensor<Self> {
+        let w = Operand::Packed(w);
         lowrank_linear::forward::<Self>(x, w, bias.option(), mask.option(), down, up, scale).0
+    }
+
+    /// The values of outputs `first..first + rows` of a packed weight, `[rows, d_in]`.
+    #[fusion(default)]
+    fn dequantise(
+        #[extension_type] w: PackedParts<Self>,
+        first: usize,
+        rows: usize,
+        dtype: FloatDType,
+    ) -> FloatTensor<Self> {
+        packed::reference::dequantise::<Self>(&w, first, rows, dtype)
     }
 
     /// See [`crate::projected_linear`].
@@ -232,6 +275,15 @@ mod flex {
         fn gemm(a: T, b: T, c: Maybe<Flex>, alpha: f32) -> T {
             gemm::cpu(a, b, c.option(), alpha)
         }
+        fn packed_linear(x: T, w: PackedParts<Self>, bias: Maybe<Flex>) -> T {
+            packed::cpu::linear(x, w, bias.option())
+        }
+        fn packed_linear_backward(dy: T, w: PackedParts<Self>) -> T {
+            packed::cpu::input_gradient(dy, w)
+        }
+        fn dequantise(w: PackedParts<Self>, first: usize, rows: usize, dtype: FloatDType) -> T {
+            packed::cpu::dequantise(w, first, rows, dtype)
+        }
         fn rms_norm(x: T, gamma: T, eps: f32, offset: f32) -> T {
             rms_norm::cpu(x, gamma, eps, offset)
         }
@@ -280,8 +332,8 @@ mod flex {
 
 mod autodiff {
     use super::*;
-    use burn::backend::Autodiff;
     use burn::backend::autodiff::checkpoint::strategy::CheckpointStrategy;
+    use burn::backend::{Autodiff, AutodiffBackend};
 
     impl<B: LowRankOps, C: CheckpointStrategy> LowRankOps for Autodiff<B, C> {
         fn dense_linear(x: FloatTensor<Self>, w: FloatTensor<Self>, bias: Maybe<Self>) -> FloatTensor<Self> {
@@ -297,6 +349,27 @@ mod autodiff {
             scale: f32,
         ) -> FloatTensor<Self> {
             lowrank_linear::autodiff::<B, C>(x, w, bias.option(), mask.option(), down, up, scale)
+        }
+        fn packed_linear(x: FloatTensor<Self>, w: PackedParts<Self>, bias: Maybe<Self>) -> FloatTensor<Self> {
+            packed::autodiff::autodiff::<B, C>(x, w, bias.option())
+        }
+        fn packed_lowrank_linear(
+            x: FloatTensor<Self>,
+            w: PackedParts<Self>,
+            bias: Maybe<Self>,
+            mask: Maybe<Self>,
+            down: FloatTensor<Self>,
+            up: FloatTensor<Self>,
+            scale: f32,
+        ) -> FloatTensor<Self> {
+            let (constant, trained) = linear::split_bias::<B, C>(bias.option());
+            let (w, mask) = (Operand::Packed(packed::autodiff::inner::<B, C>(w)), mask.option());
+            let mask = mask.map(|mask| mask.into_primitive());
+            let y = lowrank_linear::factors::<B, C>(x, w, constant, mask, down, up, scale);
+            linear::add_trained_bias::<B, C>(y, trained)
+        }
+        fn dequantise(w: PackedParts<Self>, first: usize, rows: usize, dtype: FloatDType) -> FloatTensor<Self> {
+            Self::from_inner(B::dequantise(packed::autodiff::inner::<B, C>(w), first, rows, dtype))
         }
         fn projected_linear(
             x: FloatTensor<Self>,

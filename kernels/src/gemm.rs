@@ -31,14 +31,18 @@ pub(crate) fn reference<B: Backend>(
 #[cfg(feature = "flex")]
 pub(crate) use cpu::gemm as cpu;
 
+/// All threads for a product of so many multiply-adds, or one where that is faster than waking the others.
+#[cfg(feature = "flex")]
+pub(crate) fn threads(multiply_adds: usize) -> gemm::Parallelism {
+    const PARALLEL: usize = 1 << 18;
+    if multiply_adds < PARALLEL { gemm::Parallelism::None } else { gemm::Parallelism::Rayon(0) }
+}
+
 #[cfg(feature = "flex")]
 mod cpu {
     use burn_flex::FlexTensor;
 
     use crate::cpu::{Matrix, as_f32, assert_shape, output, restore, with_output};
-
-    /// Below this many multiply-adds one thread is faster than waking the others.
-    const PARALLEL_FLOPS: usize = 1 << 18;
 
     pub(crate) fn gemm(a: FlexTensor, b: FlexTensor, c: Option<FlexTensor>, alpha: f32) -> FlexTensor {
         let dtype = a.dtype();
@@ -57,8 +61,7 @@ mod cpu {
 
     fn product(a: &Matrix, b: &Matrix, out: *mut f32, alpha: f32, accumulate: bool) {
         let n = b.cols;
-        let threads =
-            if a.rows * a.cols * n < PARALLEL_FLOPS { gemm::Parallelism::None } else { gemm::Parallelism::Rayon(0) };
+        let threads = super::threads(a.rows * a.cols * n);
         assert_eq!(a.cols, b.rows, "inner sizes of a product");
         // SAFETY: `Matrix::of` checked that rows, columns and strides stay inside each buffer, `out` has room for m*n
         // values, and without `accumulate` it is only written.

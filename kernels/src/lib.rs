@@ -3,7 +3,8 @@
 //! | function | what | bound by | reference | CPU |
 //! | --- | --- | --- | --- | --- |
 //! | [`linear`] | `x W + b`, no `dW` for a frozen W | arithmetic | yes | gemm |
-//! | [`lowrank_linear`] | `x W + b + s (D(x) A) B` | arithmetic | yes | gemm, delta accumulated in place |
+//! | [`lowrank_linear`] | `x W + b + s (D(x) A) B` | arithmetic | yes | gemm, delta accumulated in place; `W + s A B` for large r |
+//! | both on a [`Packed`] weight | the same, dequantised panel by panel | arithmetic | yes | gemm on a scratch buffer |
 //! | [`projected_linear`] | `x W + b` with `P^T dW Q` as the gradient of W | arithmetic | yes | gemm |
 //! | [`factored_linear`] | `x W + b` that hands over `x` and `dy` instead of `dW` | arithmetic | yes | gemm |
 //! | [`rms_norm`] | RMS normalisation | memory | yes | one pass |
@@ -31,15 +32,20 @@ mod gated;
 mod gemm;
 mod linear;
 mod lowrank_linear;
+mod merged_linear;
+pub mod packed;
 mod projected_linear;
 mod reduce;
 mod rms_norm;
 mod rotary;
 mod stochastic_round;
+mod weight;
 
 pub use api::*;
 pub use extension::{LowRankOps, Maybe};
 mod api;
+pub use packed::Packed;
+pub use weight::Weight;
 
 #[cfg(all(test, feature = "flex"))]
 mod tests;

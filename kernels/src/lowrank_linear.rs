@@ -12,22 +12,25 @@
 //! 2106.09685, section 4.1). Saved: `h [t, r]`, and `x` only where A is trained.
 //!
 //! Cost: forward `2 t d_in d_out + 2 t r (d_in + d_out)` flops, backward the same for `dx` plus `2 t r (d_in + d_out)` for the
-//! factors. The delta accumulates into the base product (`gemm` with C), so it costs no extra pass over `y`.
+//! factors. The delta accumulates into the base product (`gemm` with C), so it costs no extra pass over `y`. Where r is so large
+//! that `W + s A B` is cheaper than the factors, `merged_linear.rs` does the work (never with dropout).
 
 use burn::backend::autodiff::{
     checkpoint::{base::Checkpointer, strategy::CheckpointStrategy},
     grads::Gradients,
     ops::{Backward, Ops, OpsKind},
 };
-use burn::backend::{Autodiff, tensor::FloatTensor};
+use burn::backend::{Autodiff, TensorMetadata, tensor::FloatTensor};
 
 use crate::extension::{LowRankOps, Maybe};
 use crate::linear::{add_trained_bias, split_bias};
+use crate::merged_linear::{self, Tracked};
+use crate::packed::Operand;
 
 /// Returns `(y, h)` with `h = D(x) A`, `[t, r]`.
 pub(crate) fn forward<B: LowRankOps>(
     x: FloatTensor<B>,
-    w: FloatTensor<B>,
+    w: Operand<B>,
     bias: Option<FloatTensor<B>>,
     mask: Option<FloatTensor<B>>,
     down: FloatTensor<B>,
@@ -36,8 +39,30 @@ pub(crate) fn forward<B: LowRankOps>(
 ) -> (FloatTensor<B>, FloatTensor<B>) {
     let dropped = dropped::<B>(x.clone(), mask);
     let h = B::gemm(dropped, down, Maybe::Absent, 1.0);
-    let y = B::dense_linear(x, w, Maybe::from_option(bias));
+    let y = w.linear(x, Maybe::from_option(bias));
     (B::gemm(h.clone(), up, Maybe::Given(y), scale), h)
+}
+
+/// The result alone, by the cheaper route.
+pub(crate) fn reference<B: LowRankOps>(
+    x: FloatTensor<B>,
+    w: FloatTensor<B>,
+    bias: Option<FloatTensor<B>>,
+    mask: Option<FloatTensor<B>>,
+    down: FloatTensor<B>,
+    up: FloatTensor<B>,
+    scale: f32,
+) -> FloatTensor<B> {
+    let nothing = Tracked { x: false, down: false, up: false };
+    match mask.is_none() && merges::<B>(&x, &w, &down, nothing) {
+        true => merged_linear::forward::<B>(x, w, bias, down, up, scale),
+        false => forward::<B>(x, Operand::Dense(w), bias, mask, down, up, scale).0,
+    }
+}
+
+fn merges<B: LowRankOps>(x: &FloatTensor<B>, w: &FloatTensor<B>, down: &FloatTensor<B>, tracked: Tracked) -> bool {
+    let (w, down) = (w.shape(), down.shape());
+    merged_linear::is_cheaper(x.shape()[0], w[0], w[1], down[1], tracked)
 }
 
 fn dropped<B: LowRankOps>(x: FloatTensor<B>, mask: Option<FloatTensor<B>>) -> FloatTensor<B> {
@@ -56,7 +81,7 @@ struct State<B: LowRankOps> {
     x: Option<FloatTensor<B>>,
     mask: Option<FloatTensor<B>>,
     h: FloatTensor<B>,
-    w: FloatTensor<B>,
+    w: Operand<B>,
     down: FloatTensor<B>,
     up: FloatTensor<B>,
     scale: f32,
@@ -81,7 +106,7 @@ impl<B: LowRankOps> Backward<B, 3> for LowRankLinearBackward {
             grads.register::<B>(node.id, B::gemm(B::float_transpose(dropped), u.clone(), Maybe::Absent, 1.0));
         }
         if let Some(node) = x_node {
-            let dx = B::gemm(dy, B::float_transpose(w), Maybe::Absent, 1.0);
+            let dx = w.input_gradient(dy);
             let dx = match mask {
                 None => B::gemm(u, B::float_transpose(down), Maybe::Given(dx), 1.0),
                 Some(mask) => {
@@ -106,16 +131,34 @@ pub(crate) fn autodiff<B: LowRankOps, C: CheckpointStrategy>(
     let (constant, trained) = split_bias::<B, C>(bias);
     let mask = mask.map(|mask| mask.into_primitive());
     let w = w.into_primitive(); // frozen: not a parent, so it can never receive a gradient
+    let tracked = Tracked { x: x.is_tracked(), down: down.is_tracked(), up: up.is_tracked() };
+    let (t, r) = (x.shape()[0], down.shape()[1]);
+    let y = match mask.is_none() && merged_linear::is_cheaper(t, w.shape()[0], w.shape()[1], r, tracked) {
+        true => merged_linear::autodiff::<B, C>(x, w, constant, down, up, scale),
+        false => factors::<B, C>(x, Operand::Dense(w), constant, mask, down, up, scale),
+    };
+    add_trained_bias::<B, C>(y, trained)
+}
+
+/// On the tape, with the bias already split off; the nodes are those of x, down and up.
+pub(crate) fn factors<B: LowRankOps, C: CheckpointStrategy>(
+    x: FloatTensor<Autodiff<B, C>>,
+    w: Operand<B>,
+    constant: Option<FloatTensor<B>>,
+    mask: Option<FloatTensor<B>>,
+    down: FloatTensor<Autodiff<B, C>>,
+    up: FloatTensor<Autodiff<B, C>>,
+    scale: f32,
+) -> FloatTensor<Autodiff<B, C>> {
     let down_is_trained = down.is_tracked();
     let (x, x_node) = x.into_parts();
     let (down, down_node) = down.into_parts();
     let (up, up_node) = up.into_parts();
-    let y = match LowRankLinearBackward.prepare::<C>([x_node, down_node, up_node]).compute_bound().stateful() {
+    match LowRankLinearBackward.prepare::<C>([x_node, down_node, up_node]).compute_bound().stateful() {
         OpsKind::Tracked(prep) => {
             let (y, h) = forward::<B>(x.clone(), w.clone(), constant, mask.clone(), down.clone(), up.clone(), scale);
             prep.finish(State { x: down_is_trained.then_some(x), mask, h, w, down, up, scale }, y)
         }
         OpsKind::UnTracked(prep) => prep.finish(forward::<B>(x, w, constant, mask, down, up, scale).0),
-    };
-    add_trained_bias::<B, C>(y, trained)
+    }
 }

@@ -8,9 +8,10 @@
 
 use std::time::Instant;
 
-use burn::tensor::{Device, Int, Tensor, TensorData};
+use burn::tensor::{Device, FloatDType, Int, Tensor, TensorData};
 use lowrank_kernels as kernels;
-use lowrank_kernels::{Activation, AdamW};
+use lowrank_kernels::packed::{self, Format, Layout, Nested, Scales};
+use lowrank_kernels::{Activation, AdamW, Packed};
 
 /// Relative bound in f32: sums run in another order than on the CPU.
 const TOLERANCE: f64 = 1e-5;
@@ -92,6 +93,40 @@ fn factored_linear(device: &Device) -> Vec<Vec<f32>> {
     collect(out, vec![gradient_of(&x), gradient_of(&slots[0]), gradient_of(&slots[1])], device)
 }
 
+/// The weight of every format, 8 x 8 in blocks of 8 or 16; the numbers in its words are any.
+fn packed_linear(device: &Device) -> Vec<Vec<f32>> {
+    let [codes, bytes] = [8, 16].map(|count| (0..count).map(|i| (number(7, i) * 2e9) as i32).collect::<Vec<_>>());
+    let values = |seed, count| packed::scales((0..count).map(|i| number(seed, i)).collect(), device);
+    let layout = |format, block, nested| Layout { format, block, dims: [8, 8], nested };
+    let plain = Scales::Table { table: values(3, 16), scale: values(4, 8) };
+    let nested = Scales::Nested {
+        table: values(3, 16),
+        codes: packed::words(bytes[..2].to_vec(), device),
+        map: values(5, 256),
+        absmax: values(6, 2),
+    };
+    let affine = Scales::Affine { scale: values(4, 4), zero: packed::words(bytes[..1].to_vec(), device) };
+    let weights = [
+        Packed::new(layout(Format::Nf4, 8, None), packed::words(codes.clone(), device), plain),
+        Packed::new(
+            layout(Format::Nf4, 8, Some(Nested { block: 4, offset: 0.5 })),
+            packed::words(codes.clone(), device),
+            nested,
+        ),
+        Packed::new(layout(Format::Int4, 16, None), packed::words(codes, device), affine.clone()),
+        Packed::new(layout(Format::Int8, 16, None), packed::words(bytes, device), affine),
+    ];
+    let run = |w: Packed| {
+        let (x, down, up) = (leaf(1, [8, 8], device), leaf(3, [8, 8], device), leaf(4, [8, 8], device));
+        let mut all = collect(kernels::linear(x.clone(), w.clone(), None), vec![gradient_of(&x)], device);
+        let out = kernels::lowrank_linear(x.clone(), w.clone(), None, None, down.clone(), up.clone(), 1.5);
+        all.extend(collect(out, vec![gradient_of(&x), gradient_of(&down), gradient_of(&up)], device));
+        all.push(w.rows(3..8, FloatDType::F32).into_data().try_to_vec::<f32>().unwrap());
+        all
+    };
+    weights.into_iter().flat_map(run).collect()
+}
+
 fn rms_norm(device: &Device) -> Vec<Vec<f32>> {
     let (x, gamma) = (leaf(1, [6, 10], device), leaf(2, [10], device));
     collect(kernels::rms_norm(x.clone(), gamma.clone(), 1e-5, 1.0), vec![gradient_of(&x), gradient_of(&gamma)], device)
@@ -151,11 +186,12 @@ fn operations_agree_with_the_cpu() {
             std::env::set_var("XDG_RUNTIME_DIR", std::env::temp_dir());
         }
     }
-    let operations: [(&str, fn(&Device) -> Vec<Vec<f32>>); 11] = [
+    let operations: [(&str, fn(&Device) -> Vec<Vec<f32>>); 12] = [
         ("linear", linear),
         ("lowrank_linear", lowrank_linear),
         ("projected_linear", projected_linear),
         ("factored_linear", factored_linear),
+        ("packed_linear", packed_linear),
         ("rms_norm", rms_norm),
         ("rotary", rotary),
         ("attention", attention),

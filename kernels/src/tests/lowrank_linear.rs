@@ -6,8 +6,9 @@ use super::{
 use crate::plain::Plain;
 use crate::{LowRankOps, Maybe};
 
-/// `(t, d_in, d_out, r)`
-const SHAPES: [(usize, usize, usize, usize); 4] = [(32, 24, 40, 4), (5, 123, 7, 3), (1, 1, 1, 1), (3, 2, 5, 8)];
+/// `(t, d_in, d_out, r)`; the last two are cheaper with `W + s A B`.
+const SHAPES: [(usize, usize, usize, usize); 5] =
+    [(32, 24, 40, 4), (5, 123, 7, 3), (1, 1, 1, 1), (3, 2, 5, 8), (40, 6, 7, 6)];
 const SCALE: f32 = 1.7;
 
 /// Order of the inputs: x, down, up, bias, and W and the mask as constants.
@@ -120,7 +121,7 @@ fn w_never_gets_a_gradient() {
 fn the_input_is_saved_only_where_down_is_trained() {
     let mut random = Random::new(4);
     let (x, w) = (random.tensor(&[6, 5]), random.tensor(&[5, 4]));
-    let (down, up) = (random.tensor(&[5, 2]), random.tensor(&[2, 4]));
+    let (down, up) = (random.tensor(&[5, 1]), random.tensor(&[1, 4]));
     for (down_is_trained, saved) in [(false, 0), (true, 1)] {
         let input = leaves(&[x.clone(), down.clone(), up.clone()], &[true, down_is_trained, true]);
         let case = Case { w: w.clone(), mask: None, scale: 1.0 };
@@ -139,4 +140,14 @@ fn a_zero_up_leaves_the_base_product_to_the_bit() {
     let base = burn::backend::Flex::dense_linear(x.clone(), w.clone(), Maybe::Absent);
     let y = burn::backend::Flex::lowrank_linear(x, w, Maybe::Absent, Maybe::Absent, down, up, 2.0);
     assert_eq!(super::values_of(&y), super::values_of(&base));
+}
+
+#[test]
+fn the_cheaper_route_follows_the_flops() {
+    use crate::merged_linear::{Tracked, is_cheaper};
+    let lora = Tracked { x: true, down: true, up: true };
+    assert!(!is_cheaper(2048, 576, 576, 16, lora));
+    assert!(is_cheaper(2048, 576, 576, 576, Tracked { down: false, ..lora }));
+    // One token of a generation never pays for a product of the size of W.
+    assert!(!is_cheaper(1, 576, 576, 64, Tracked { x: false, down: false, up: false }));
 }

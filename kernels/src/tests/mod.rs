@@ -13,6 +13,7 @@ mod gated;
 mod gemm;
 mod linear;
 mod lowrank_linear;
+mod packed;
 mod precision;
 mod projected_linear;
 mod reduce;

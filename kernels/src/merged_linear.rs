@@ -1,0 +1,113 @@
+//! The low-rank linear layer for a large rank: `y = x V + b` with `V = W + s A B` built for the time of one product.
+//!
+//! Same function and same shapes as [`crate::lowrank_linear`]; which of the two runs is decided by counting (see [`is_cheaper`]).
+//! With `g = dL/dy` and `G = x^T g`: `dx = g V^T` (V is built again, so nothing of the size of W is kept), `dA = s G B^T`,
+//! `dB = s A^T G`. Saved: x.
+//!
+//! | | factors | merged |
+//! | --- | --- | --- |
+//! | forward | `2 t r (m + n)` | `2 r m n` |
+//! | dx | `2 t r (m + n)` | `2 r m n` |
+//! | dA, dB (where trained) | `2 t r m`, `2 t r n` | `2 t m n` once, then `2 r m n` each |
+
+use burn::backend::autodiff::{
+    checkpoint::{base::Checkpointer, strategy::CheckpointStrategy},
+    grads::Gradients,
+    ops::{Backward, Ops, OpsKind},
+};
+use burn::backend::{Autodiff, tensor::FloatTensor};
+
+use crate::extension::{LowRankOps, Maybe};
+
+/// Which operands a pass differentiates.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Tracked {
+    pub x: bool,
+    pub down: bool,
+    pub up: bool,
+}
+
+/// Whether `V = W + s A B` saves arithmetic over the factors, for `t` rows, `W [m, n]` and rank `r`.
+pub(crate) fn is_cheaper(t: usize, m: usize, n: usize, r: usize, tracked: Tracked) -> bool {
+    let [t, m, n, r] = [t, m, n, r].map(|size| size as f64);
+    let passes = |needed: bool| if needed { 1.0 } else { 0.0 };
+    let trains = tracked.down || tracked.up;
+    let through = passes(tracked.x);
+    let u = if tracked.x || tracked.down { t * r * n } else { 0.0 };
+    let factors =
+        t * r * (m + n) + u + through * t * r * m + passes(tracked.down) * t * r * m + passes(tracked.up) * t * r * n;
+    let merged = (1.0 + through + passes(tracked.down) + passes(tracked.up)) * r * m * n + passes(trains) * t * m * n;
+    merged < factors
+}
+
+/// `W + s A B`, laid out as `W^T` lies on disk: a stored `[d_out, d_in]` matrix is read along its rows.
+fn sum<B: LowRankOps>(w: FloatTensor<B>, down: FloatTensor<B>, up: FloatTensor<B>, scale: f32) -> FloatTensor<B> {
+    let [w, down, up] = [w, down, up].map(B::float_transpose);
+    B::float_transpose(B::gemm(up, down, Maybe::Given(w), scale))
+}
+
+pub(crate) fn forward<B: LowRankOps>(
+    x: FloatTensor<B>,
+    w: FloatTensor<B>,
+    bias: Option<FloatTensor<B>>,
+    down: FloatTensor<B>,
+    up: FloatTensor<B>,
+    scale: f32,
+) -> FloatTensor<B> {
+    B::dense_linear(x, sum::<B>(w, down, up, scale), Maybe::from_option(bias))
+}
+
+#[derive(Debug)]
+struct MergedBackward;
+
+#[derive(Clone, Debug)]
+struct State<B: LowRankOps> {
+    x: FloatTensor<B>,
+    w: FloatTensor<B>,
+    down: FloatTensor<B>,
+    up: FloatTensor<B>,
+    scale: f32,
+}
+
+impl<B: LowRankOps> Backward<B, 3> for MergedBackward {
+    type State = State<B>;
+
+    fn backward(self, ops: Ops<Self::State, 3>, grads: &mut Gradients, _checkpointer: &mut Checkpointer) {
+        let [x_node, down_node, up_node] = ops.parents;
+        let dy = grads.consume::<B>(&ops.node);
+        let State { x, w, down, up, scale } = ops.state;
+        if down_node.is_some() || up_node.is_some() {
+            let dv = B::gemm(B::float_transpose(x), dy.clone(), Maybe::Absent, 1.0);
+            if let Some(node) = down_node {
+                let up = B::float_transpose(up.clone());
+                grads.register::<B>(node.id, B::gemm(dv.clone(), up, Maybe::Absent, scale));
+            }
+            if let Some(node) = up_node {
+                grads.register::<B>(node.id, B::gemm(B::float_transpose(down.clone()), dv, Maybe::Absent, scale));
+            }
+        }
+        if let Some(node) = x_node {
+            let v = sum::<B>(w, down, up, scale);
+            grads.register::<B>(node.id, B::gemm(dy, B::float_transpose(v), Maybe::Absent, 1.0));
+        }
+    }
+}
+
+/// On the tape, with the bias already split off; the nodes are those of x, down and up.
+pub(crate) fn autodiff<B: LowRankOps, C: CheckpointStrategy>(
+    x: FloatTensor<Autodiff<B, C>>,
+    w: FloatTensor<B>,
+    constant: Option<FloatTensor<B>>,
+    down: FloatTensor<Autodiff<B, C>>,
+    up: FloatTensor<Autodiff<B, C>>,
+    scale: f32,
+) -> FloatTensor<Autodiff<B, C>> {
+    let (x, x_node) = x.into_parts();
+    let (down, down_node) = down.into_parts();
+    let (up, up_node) = up.into_parts();
+    let y = forward::<B>(x.clone(), w.clone(), constant, down.clone(), up.clone(), scale);
+    match MergedBackward.prepare::<C>([x_node, down_node, up_node]).compute_bound().stateful() {
+        OpsKind::Tracked(prep) => prep.finish(State { x, w, down, up, scale }, y),
+        OpsKind::UnTracked(prep) => prep.finish(y),
+    }
+}
