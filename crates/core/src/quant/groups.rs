@@ -11,6 +11,7 @@
 //!
 //! State: `bits / 8 + 5 / group` bytes a value; two 4-bit codes share a byte, the first in the lower half.
 
+use super::over_blocks;
 use crate::random::Stream;
 
 /// The smallest width of a group's range.
@@ -62,6 +63,21 @@ impl Groups {
     /// As [`Groups::quantise`].
     pub fn quantise_with(values: &[f32], bits: u8, group: usize, rounding: Rounding) -> Self {
         assert!(bits == 8 || bits == 4, "{bits} bits are neither 8 nor 4");
+        // Two groups, so that no byte is shared where a group has an odd number of 4-bit codes.
+        let parts = over_blocks(values.len(), 2 * group, |range| {
+            let rounding = rounding.from(range.start);
+            Self::quantise_part(&values[range], bits, group, rounding)
+        });
+        let mut whole = Self { bits, codes: vec![], scale: vec![], zero: vec![], group, len: values.len() };
+        for part in parts {
+            whole.codes.extend(part.codes);
+            whole.scale.extend(part.scale);
+            whole.zero.extend(part.zero);
+        }
+        whole
+    }
+
+    fn quantise_part(values: &[f32], bits: u8, group: usize, rounding: Rounding) -> Self {
         let mut codes = vec![0; values.len()];
         let count = values.len().div_ceil(group);
         let (mut scale, mut zero) = (Vec::with_capacity(count), Vec::with_capacity(count));
