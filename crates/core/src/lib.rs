@@ -18,6 +18,11 @@
 //! the run, and the arithmetic follows the type of the activations.
 
 pub mod adapters;
+pub mod base;
+pub mod calibration;
+pub mod conv;
+pub mod delta;
+pub mod diagnostics;
 pub mod linalg;
 pub mod lowrank;
 pub mod optim;
@@ -25,5 +30,7 @@ pub mod projection;
 pub mod quant;
 pub mod random;
 
+pub use base::Base;
+pub use delta::Delta;
 pub use lowrank::LowRank;
 pub use projection::Projection;

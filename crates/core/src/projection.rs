@@ -1,18 +1,20 @@
-//! Every linear map of a model: a base weight, perhaps a bias, perhaps a low-rank delta.
+//! Every linear map of a model: a base weight, perhaps a bias, perhaps an adapter.
 //!
-//! | part | choices today |
+//! | part | choices |
 //! | --- | --- |
-//! | base | dense, f32, bf16 or f16 |
-//! | delta | none, or [`LowRank`] |
+//! | base | [`Base`]: dense (f32, bf16 or f16), or packed codes (frozen) |
+//! | delta | none, or [`Delta`] |
 //! | gradient | none (frozen), full `dW`, projected `P^T dW Q`, or the factors of `dW` ([`Gradient`]) |
 //!
 //! Models never name a method: they call [`Projection::forward`].
 
 use burn::module::{Module, Param};
 use burn::tensor::{FloatDType, Gradients, Tensor};
-use lowrank_kernels as kernels;
+use lowrank_kernels::{self as kernels, Weight};
 
-use crate::lowrank::{LowRank, cast};
+use crate::base::Base;
+use crate::delta::Delta;
+use crate::lowrank::cast;
 
 /// What the backward pass makes of the gradient of a trained W. Low-rank optimisers say before each step what they want.
 #[allow(clippy::large_enum_variant)] // one per layer, moved once a step
@@ -58,12 +60,12 @@ pub struct Slots {
 /// `y = x W + b + delta(x)`.
 #[derive(Module, Debug)]
 pub struct Projection {
-    /// W, `[d_in, d_out]`; after loading a view of the `[d_out, d_in]` matrix on disk.
-    pub weight: Param<Tensor<2>>,
+    /// W, `[d_in, d_out]`.
+    pub weight: Base,
     /// b, `[d_out]`.
     pub bias: Option<Param<Tensor<1>>>,
-    /// What an adapter adds.
-    pub delta: Option<LowRank>,
+    /// What an adapter does.
+    pub delta: Option<Delta>,
     /// What a trained W receives in the backward pass.
     #[module(skip)]
     pub gradient: Gradient,
@@ -72,8 +74,13 @@ pub struct Projection {
 impl Projection {
     /// A frozen projection from `W [d_in, d_out]` and `b [d_out]`.
     pub fn frozen(weight: Tensor<2>, bias: Option<Tensor<1>>) -> Self {
+        Self::on(Base::dense(weight), bias)
+    }
+
+    /// A frozen projection on a weight that is held in some form.
+    pub fn on(weight: Base, bias: Option<Tensor<1>>) -> Self {
         Self {
-            weight: Param::from_tensor(weight).set_require_grad(false),
+            weight,
             bias: bias.map(|bias| Param::from_tensor(bias).set_require_grad(false)),
             delta: None,
             gradient: Gradient::Full,
@@ -91,11 +98,15 @@ impl Projection {
     /// As Burn does, where the width of x is not `d_in`.
     pub fn forward(&self, x: Tensor<2>, training: bool) -> Tensor<2> {
         let dtype: FloatDType = x.dtype().into();
-        let weight = cast(self.weight.val(), dtype);
+        let weight = self.weight.operand(dtype);
         let bias = self.bias.as_ref().map(|bias| cast(bias.val(), dtype));
         if let Some(delta) = &self.delta {
             return delta.forward(x, weight, bias, training);
         }
+        let weight = match weight {
+            Weight::Dense(weight) => weight,
+            packed @ Weight::Packed(_) => return kernels::linear(x, packed, bias), // frozen: nothing is collected
+        };
         match &self.gradient {
             Gradient::Full => kernels::linear(x, weight, bias),
             Gradient::Projected { left, right, pending } => {
@@ -124,8 +135,8 @@ impl Projection {
 
     /// Makes the placeholders of [`Gradient::Factors`] on a projection that was lifted onto the tape.
     pub fn lift_slots(&mut self) {
+        let device = self.device().inner();
         if let Gradient::Factors { slots, .. } = &mut self.gradient {
-            let device = self.weight.val().device().inner();
             let slot = || Tensor::from_inner(Tensor::<2>::zeros([1, 1], &device)).require_grad();
             *slots = Some(Slots { x: slot(), dy: slot() });
         }
@@ -138,13 +149,39 @@ impl Projection {
         Some((cast(x?, FloatDType::F32), cast(dy?, FloatDType::F32)))
     }
 
-    /// Adds the delta to the weight and drops it. The sum is taken in f32 and rounded once to the weight's type.
+    /// The device of the parameters.
+    pub fn device(&self) -> burn::tensor::Device {
+        self.weight.device()
+    }
+
+    /// Probability that an input of the adapter is dropped in training.
+    pub fn dropout(&self) -> f64 {
+        self.delta.as_ref().map_or(0.0, Delta::dropout)
+    }
+
+    /// Puts an adapter on the layer. One that starts from a part of the weight takes this part out of it: the base becomes
+    /// `W - s A_0 B_0`, in f32 and rounded once.
+    pub fn attach(&mut self, delta: Delta) {
+        let full = self.weight.values();
+        self.attach_over(delta, full);
+    }
+
+    /// The same with W at full precision, `[d_in, d_out]`, where the base holds it quantised.
+    pub fn attach_over(&mut self, delta: Delta, full: Tensor<2>) {
+        if let Some(lowrank) = delta.low_rank()
+            && let Some(start) = &lowrank.start
+        {
+            let taken = start.down.val().matmul(start.up.val()) * lowrank.scale;
+            self.weight = self.weight.with_values(full - taken);
+        }
+        self.delta = Some(delta);
+    }
+
+    /// Makes the adapter part of the weight and drops it. The sum is taken in f32 and rounded once to the weight's type; a packed
+    /// weight becomes a dense one.
     pub fn merge(&mut self) {
-        let Some(delta) = self.delta.take() else { return };
-        let weight = self.weight.clone();
-        self.weight = weight.map(|weight| {
-            let dtype = weight.dtype().into();
-            cast(cast(weight, FloatDType::F32) + delta.delta(), dtype)
-        });
+        if let Some(delta) = self.delta.take() {
+            self.weight = self.weight.with_dense_values(delta.merged(self.weight.values()));
+        }
     }
 }

@@ -1,4 +1,4 @@
-//! Orthonormal bases of gradients: what the projected optimisers need of linear algebra.
+//! Orthonormal bases of gradients, leading parts of weights: what optimisers and starts of adapters need of linear algebra.
 //!
 //! Products with a long side run on the device ([`lowrank_kernels::gemm`]). Everything that is `[l, l]`, exact or a
 //! rescue runs on the host in f64 (faer). No function fails or loops on bad input: non-finite values count as zero,
@@ -10,9 +10,10 @@
 //! | [`orthonormal()`] | CholeskyQR2, shifted where needed | `8 m l^2` | `O(l^3)` |
 //! | [`range_finder()`] | randomised subspace iteration | `(2 + 2q) 2 t l (m + n)` | `O(l^3)` |
 //! | [`sketch_basis`] | QR and SVD of the small factor | `12 m l^2` | `O(l^3)` |
+//! | [`truncated_svd`] | exact, or randomised where that pays | `(2 + 2q) 2 l m n` | `O(l^3)` |
 //!
 //! Bases are `[m, l]` with directions in columns. Signs are arbitrary in the mathematics and matter to Adam, so the
-//! bases of [`svd`], [`eigen`], [`range_finder()`] and [`sketch_basis`] come out of [`fix_signs`]' rule.
+//! bases of [`svd`], [`eigen`], [`range_finder()`], [`sketch_basis`] and [`truncated_svd`] come out of [`fix_signs`]' rule.
 
 use burn::tensor::{Device, FloatDType, Tensor, TensorData};
 use faer::Mat;
@@ -23,14 +24,20 @@ use crate::random::Stream;
 
 pub mod dct;
 mod host;
+pub mod inverse;
 mod orthonormal;
 mod range_finder;
+mod truncated;
 
 #[cfg(test)]
 mod tests;
 
 pub use orthonormal::{align_signs, fix_signs, orthonormal};
 pub use range_finder::{Range, range_finder, sketch_basis};
+pub use truncated::{
+    ITERATIONS, OVERSAMPLING, Operator, inverse_error, is_exact, operator_svd, randomized_root_svd, randomized_svd,
+    root_svd, svd_of_product, truncated_svd,
+};
 
 /// The leading part of a singular value decomposition, `g = left diag(values) right^T`.
 #[derive(Debug)]
