@@ -9,6 +9,7 @@
 //! | [`subspace`] | sides and bases |
 //! | [`rules`] | what turns a (projected) gradient into a step: AdamW, 8-bit AdamW, Adafactor, SGD, Muon |
 //! | [`galore`], [`q_galore`], [`dct_adamw`], [`apollo`], [`fira`], [`ldadam`] | methods on one matrix |
+//! | [`intrinsic`] | all matrices in one random subspace |
 
 pub mod adamw;
 pub mod apollo;
@@ -17,6 +18,7 @@ pub mod fira;
 pub mod galore;
 #[cfg(test)]
 mod host_oracle;
+pub mod intrinsic;
 pub mod ldadam;
 mod one_side;
 pub mod q_galore;
@@ -50,6 +52,11 @@ pub const METHODS: &[(&str, &str, &str)] = &[
     ("apollo", "APOLLO and APOLLO-Mini, arXiv 2412.05270: scaled by what Adam does to a random projection", "2 r n"),
     ("fira", "Fira, arXiv 2410.01623: GaLore plus the scaled rest", "m r + 2 r n"),
     ("ldadam", "LDAdam, arXiv 2410.16103: a new basis every step, error feedback", "m n + m r + 2 r n"),
+    (
+        "intrinsic",
+        "Intrinsic dimension, arXiv 1804.08838, 2012.13255: d numbers move all weights",
+        "3 d in all, 3 L of the map",
+    ),
 ];
 
 /// The state of one parameter as it goes to a checkpoint. Floats among the numbers are stored by their bits.
