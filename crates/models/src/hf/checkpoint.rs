@@ -29,6 +29,8 @@ pub struct Checkpoint {
     origin: PathBuf,
     shards: Vec<Shard>,
     tensors: BTreeMap<String, Entry>,
+    /// Texts that writers put beside the tensors, of all shards.
+    metadata: BTreeMap<String, String>,
 }
 
 #[derive(Debug)]
@@ -96,17 +98,22 @@ impl Checkpoint {
     /// # Errors
     /// The file is missing, truncated, or its header does not describe it.
     pub fn open_file(path: &Path) -> Result<Self, HfError> {
-        let mut checkpoint = Self { origin: path.to_path_buf(), shards: Vec::new(), tensors: BTreeMap::new() };
+        let mut checkpoint = Self::empty(path);
         for (name, entry) in checkpoint.add_shard(path)? {
             checkpoint.tensors.insert(name, entry);
         }
         Ok(checkpoint)
     }
 
+    fn empty(origin: &Path) -> Self {
+        let (tensors, metadata) = (BTreeMap::new(), BTreeMap::new());
+        Self { origin: origin.to_path_buf(), shards: Vec::new(), tensors, metadata }
+    }
+
     fn open_sharded(folder: &Path, index: &Path) -> Result<Self, HfError> {
         let weight_map = read_weight_map(index)?;
         let mut problems = Vec::new();
-        let mut checkpoint = Self { origin: folder.to_path_buf(), shards: Vec::new(), tensors: BTreeMap::new() };
+        let mut checkpoint = Self::empty(folder);
         let mut in_shard: BTreeMap<&str, BTreeMap<String, Entry>> = BTreeMap::new();
         for shard in weight_map.values().map(String::as_str).collect::<BTreeSet<_>>() {
             if !stays_inside(shard) {
@@ -164,6 +171,7 @@ impl Checkpoint {
             (name, Entry { shard, dtype: info.dtype, shape: info.shape.clone(), bytes })
         });
         let tensors = tensors.collect();
+        self.metadata.extend(metadata.metadata().iter().flatten().map(|(key, text)| (key.clone(), text.clone())));
         self.shards.push(Shard { path: path.to_path_buf(), map });
         Ok(tensors)
     }
@@ -171,6 +179,11 @@ impl Checkpoint {
     /// The folder or file that was opened.
     pub fn origin(&self) -> &Path {
         &self.origin
+    }
+
+    /// A text that the writer put beside the tensors.
+    pub fn metadata(&self, key: &str) -> Option<&str> {
+        self.metadata.get(key).map(String::as_str)
     }
 
     /// The names of all tensors, sorted.

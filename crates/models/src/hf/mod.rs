@@ -11,7 +11,7 @@
 //! | [`hub`] | `base_model` as a folder or a hub id, downloaded into the shared cache |
 //! | [`tokenizer`] | `tokenizer.json`: encode, decode, special ids |
 //! | [`chat`] | the model's chat template, and which bytes of the rendered text the assistant wrote |
-//! | [`peft`] | `adapter_config.json` and the tensor names of PEFT's LoRA files |
+//! | [`peft`] | adapter folders: `adapter_config.json` and the tensor names, in PEFT's form and our own |
 
 pub mod chat;
 mod chat_json;
@@ -20,7 +20,6 @@ pub mod dtype;
 pub mod error;
 pub mod hub;
 pub mod peft;
-mod peft_read;
 pub mod tokenizer;
 pub mod write;
 

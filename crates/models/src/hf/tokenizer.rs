@@ -14,7 +14,10 @@ use tokenizers::normalizers::NFC;
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 use tokenizers::pre_tokenizers::sequence::Sequence;
 use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
-use tokenizers::{PreTokenizerWrapper, SplitDelimiterBehavior};
+use tokenizers::{
+    PostProcessor as _, PreTokenizerWrapper, SplitDelimiterBehavior, TruncationDirection, TruncationParams,
+    TruncationStrategy,
+};
 
 use super::error::HfError;
 use super::{names_in, read_json_if_there};
@@ -51,6 +54,17 @@ pub struct OffsetEncoding {
     /// For each id the byte range of the text it stands for; empty (`0..0`) for tokens that were added around the text.
     /// The parts of one character that is split between tokens all have the whole character's range.
     pub offsets: Vec<Range<usize>>,
+}
+
+/// The ids of a text, or of two texts that belong together, with special tokens.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PairEncoding {
+    /// Token ids.
+    pub ids: Vec<u32>,
+    /// Token types: 0 for the first text, 1 for the second where the tokenizer tells them apart.
+    pub types: Vec<u32>,
+    /// Whether something was cut off.
+    pub cut: bool,
 }
 
 impl Tokenizer {
@@ -137,6 +151,47 @@ impl Tokenizer {
         let encoding = self.inner.encode(text, add_special_tokens).map_err(|error| self.refused(error))?;
         self.check_ids(encoding.get_ids())?;
         Ok(with_offsets(&encoding))
+    }
+
+    /// This tokenizer for rows of at most `longest` ids, special tokens included: [`Tokenizer::encode_pair`] cuts the end of
+    /// what is longer, of a pair always that of the longer text.
+    ///
+    /// # Errors
+    /// The special tokens alone are longer.
+    pub fn cutting_at(&self, longest: usize) -> Result<Self, HfError> {
+        let added = self.inner.get_post_processor().map_or(0, |processor| processor.added_tokens(true));
+        if longest <= added {
+            let reason =
+                format!("puts {added} special tokens around a pair of texts; rows of {longest} tokens have no room");
+            return Err(HfError::bad_file(&self.path, reason, "raise max_seq_length"));
+        }
+        let mut cutting = self.clone();
+        let params = TruncationParams {
+            max_length: longest,
+            strategy: TruncationStrategy::LongestFirst,
+            stride: 0,
+            direction: TruncationDirection::Right,
+        };
+        cutting.inner.with_truncation(Some(params)).map_err(|error| self.refused(error))?;
+        Ok(cutting)
+    }
+
+    /// The ids and types of a text, or of a pair, as the tokenizer puts them together for classification.
+    ///
+    /// # Errors
+    /// As [`Tokenizer::encode`].
+    pub fn encode_pair(&self, text: &str, pair: Option<&str>) -> Result<PairEncoding, HfError> {
+        let encoding = match pair {
+            Some(pair) => self.inner.encode_fast((text, pair), true),
+            None => self.inner.encode_fast(text, true),
+        }
+        .map_err(|error| self.refused(error))?;
+        self.check_ids(encoding.get_ids())?;
+        Ok(PairEncoding {
+            ids: encoding.get_ids().to_vec(),
+            types: encoding.get_type_ids().to_vec(),
+            cut: !encoding.get_overflowing().is_empty(),
+        })
     }
 
     /// [`Tokenizer::encode_with_offsets`] of many texts, on all cores.

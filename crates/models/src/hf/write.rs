@@ -27,9 +27,11 @@ pub const COMPANION_FILES: &[&str] = &[
     "added_tokens.json",
     "tokenizer.model",
     "vocab.json",
+    "vocab.txt",
     "merges.txt",
     "chat_template.jinja",
     "chat_template.json",
+    "preprocessor_config.json",
 ];
 
 /// A tensor to be written. Its bytes are produced when their turn comes, so that only one tensor is in memory at a time.

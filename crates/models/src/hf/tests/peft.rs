@@ -4,8 +4,10 @@ use std::path::Path;
 use serde_json::{Value, json};
 
 use super::{assert_has, golden, put, temp, text_of};
-use crate::hf::peft::{AdapterTensor, InitLoraWeights, ModulePattern, Modules, shortest_names};
-use crate::hf::{AdapterConfig, Checkpoint, HfError};
+use crate::hf::peft::{
+    AdapterTensor, InitLoraWeights, KeyForm, METADATA_KEY, MethodConfig, ModulePattern, Modules, Part, shortest_names,
+};
+use crate::hf::{AdapterConfig, Checkpoint, Dtype, HfError, OutTensor, write_safetensors};
 
 fn read(json: Value) -> Result<AdapterConfig, HfError> {
     AdapterConfig::from_json(&json, Path::new("adapter_config.json"))
@@ -114,21 +116,19 @@ fn chooses_what_peft_chose() {
         let adapter = Checkpoint::open_file(&folder.join("adapter_model.safetensors")).unwrap();
         let mut found = BTreeSet::new();
         for key in adapter.names() {
-            let tensor = AdapterTensor::from_key(key).unwrap_or_else(|| panic!("{case}: {key}"));
-            assert_eq!(tensor.key(), key);
+            let tensor = AdapterTensor::from_key(key, KeyForm::Peft).unwrap_or_else(|| panic!("{case}: {key}"));
+            assert_eq!(tensor.key(KeyForm::Peft), key);
             let shape = adapter.shape(key).unwrap();
-            match &tensor {
-                AdapterTensor::A(module) | AdapterTensor::EmbeddingA(module) => {
+            let AdapterTensor { module, part } = &tensor;
+            match part {
+                Part::A | Part::EmbeddingA => {
                     assert_eq!(shape[0], config.rank_of(module), "{case}: {key}");
                     found.insert(module.clone());
                 }
-                AdapterTensor::B(module) | AdapterTensor::EmbeddingB(module) => {
-                    assert_eq!(shape[1], config.rank_of(module), "{case}: {key}")
-                }
-                AdapterTensor::Saved(parameter) => {
-                    assert!(config.saves(parameter.strip_suffix(".weight").unwrap()), "{case}: {key}")
-                }
-                AdapterTensor::BaseCopy(parameter) => assert!(model.contains(parameter), "{case}: {key}"),
+                Part::B | Part::EmbeddingB => assert_eq!(shape[1], config.rank_of(module), "{case}: {key}"),
+                Part::Saved => assert!(config.saves(module.strip_suffix(".weight").unwrap()), "{case}: {key}"),
+                Part::BaseCopy => assert!(model.contains(module), "{case}: {key}"),
+                other => panic!("{case}: {key} is {other:?}"),
             }
         }
         let chosen: BTreeSet<String> = model
@@ -172,7 +172,6 @@ fn what_is_written_is_read_back_the_same() {
 #[test]
 fn unsupported_features_are_named() {
     for (key, value) in [
-        ("use_dora", json!(true)),
         ("lora_bias", json!(true)),
         ("fan_in_fan_out", json!(true)),
         ("use_qalora", json!(true)),
@@ -199,8 +198,6 @@ fn unsupported_features_are_named() {
             &["`init_lora_weights`", name, "changes the base model's weights"],
         );
     }
-    let text = text_of(AdapterConfig::from_folder(&golden("dora_all_r8").join("adapter_final")));
-    assert_has(&text, &["adapter_config.json: `use_dora`"]);
     assert_eq!(with(json!({"init_lora_weights": false})).init_lora_weights, InitLoraWeights::Random);
     AdapterConfig::from_folder(&golden("pissa_r8").join("adapter_final_converted")).unwrap();
 }
@@ -230,8 +227,32 @@ fn wrong_values_are_named() {
         (json!({"rank_pattern": ["q_proj"]}), "`rank_pattern`: expected an object"),
         (json!({"alpha_pattern": {"[": 1}}), "`alpha_pattern`: `[` is not a regular expression"),
         (json!({"init_lora_weights": "magic"}), "`init_lora_weights`: expected true, false"),
-        (json!({"peft_type": "VERA"}), "`peft_type`: expected \"LORA\", got \"VERA\""),
+        (
+            json!({"peft_type": "IA3"}),
+            "`peft_type`: expected one of \"LORA\", \"VERA\", \"RANDLORA\", \"HRA\", \"OFT\", got \"IA3\"",
+        ),
         (json!({"peft_type": null}), "`peft_type`: missing"),
+        (json!({"peft_type": null, "type": "lora_xy"}), "`type`: expected \"lora_xs\", \"lora_sb\""),
+        (json!({"peft_type": null, "type": "tucker", "r_in": 4}), "`r_out`: missing; expected a rank"),
+        (
+            json!({"peft_type": null, "type": "tucker", "lora_alpha": 0, "r_in": 4, "r_out": 0}),
+            "`r_out`: expected a rank of at least 1",
+        ),
+        (json!({"peft_type": "VERA", "lora_alpha": 0, "save_projection": false}), "`save_projection`: is false"),
+        (
+            json!({"peft_type": "VERA", "lora_alpha": 0, "vera_dropout": 2}),
+            "`vera_dropout`: expected a probability from 0 to 1, got 2",
+        ),
+        (json!({"peft_type": "VERA", "lora_dropout": 0.1}), "`lora_alpha`: is set to 8, which is not supported"),
+        (
+            json!({"peft_type": "OFT", "lora_alpha": 0, "r": 0, "peft_version": "0.17.1"}),
+            "`peft_version`: expected 0.18.0 or later for use_cayley_neumann, got \"0.17.1\"",
+        ),
+        (json!({"peft_type": "OFT", "lora_alpha": 0}), "`r`: expected 0, got 4: a number of blocks is not supported"),
+        (
+            json!({"peft_type": "OFT", "lora_alpha": 0, "r": 0, "oft_block_size": 1, "use_cayley_neumann": false}),
+            "`oft_block_size`: expected at least 2",
+        ),
     ] {
         assert_has(&text_of(read(settings(changes))), &["adapter_config.json: ", text]);
     }
@@ -255,9 +276,222 @@ fn short_names_are_exact() {
 #[test]
 fn keys_of_other_writers_are_understood() {
     let with_name = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight";
-    assert_eq!(AdapterTensor::from_key(with_name), Some(AdapterTensor::A(Q0.to_string())));
+    let from_key = |key| AdapterTensor::from_key(key, KeyForm::Peft);
+    assert_eq!(from_key(with_name), Some(AdapterTensor::new(Q0, Part::A)));
     let saved = "base_model.model.lm_head.modules_to_save.default.weight";
-    assert_eq!(AdapterTensor::from_key(saved), Some(AdapterTensor::Saved("lm_head.weight".to_string())));
-    assert_eq!(AdapterTensor::from_key("base_model.model.q_proj.lora_magnitude_vector"), None);
-    assert_eq!(AdapterTensor::from_key("model.q_proj.lora_A.weight"), None);
+    assert_eq!(from_key(saved), Some(AdapterTensor::new("lm_head.weight", Part::Saved)));
+    let magnitude = "base_model.model.q_proj.lora_magnitude_vector.default.weight";
+    assert_eq!(from_key(magnitude), Some(AdapterTensor::new("q_proj", Part::Magnitude)));
+    assert_eq!(from_key("base_model.vera_A.default"), Some(AdapterTensor::new("", Part::VeraBaseA)));
+    for foreign in [
+        "model.q_proj.lora_A.weight",
+        "base_model.model.q_proj.ia3_l",
+        "base_model.model.q_proj.lora_R",
+        "base_model.model.q_proj.oft_r",
+        "base_model.model.hra_u",
+    ] {
+        assert_eq!(from_key(foreign).filter(|tensor| tensor.part != Part::Saved), None, "{foreign}");
+    }
+    assert_eq!(from_key("base_model.model.q_proj.lora_R"), None);
+}
+
+/// Settings that peft 0.21 wrote, with the tensors it wrote beside them.
+#[test]
+fn other_methods_are_read_and_written_as_peft_does() {
+    let lora = |more: &str| format!(r#"{{"peft_type": "LORA", "r": 8, "lora_alpha": 16, {more}"#);
+    let rest = r#""target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM", "bias": "none", "inference_mode": true,
+        "auto_mapping": null, "revision": null, "layers_pattern": null, "layers_to_transform": null, "peft_version": "0.21.2",
+        "modules_to_save": null, "base_model_name_or_path": "tiny-llama""#;
+    let (d_initial, key) = (0.1, 5);
+    for (text, method, scale) in [
+        (lora(r#""use_dora": true, "lora_bias": false, "qalora_group_size": 16, "#), MethodConfig::Dora, 2.0),
+        (
+            r#"{"peft_type": "VERA", "r": 16, "d_initial": 0.1, "projection_prng_key": 5, "save_projection": true,
+                "vera_dropout": 0.25, "fan_in_fan_out": false, "init_weights": true, "#
+                .to_string(),
+            MethodConfig::Vera { d_initial, projection_prng_key: key },
+            1.0,
+        ),
+        (
+            r#"{"peft_type": "RANDLORA", "r": 8, "randlora_alpha": 32, "randlora_dropout": 0.25, "sparse": true,
+                "projection_prng_key": 5, "save_projection": true, "very_sparse": false, "fan_in_fan_out": false, "#
+                .to_string(),
+            MethodConfig::RandLora { projection_prng_key: key, sparse: true, very_sparse: false },
+            4.0,
+        ),
+        (
+            r#"{"peft_type": "HRA", "r": 4, "apply_GS": true, "exclude_modules": null, "init_weights": true, "#
+                .to_string(),
+            MethodConfig::Hra { apply_gs: true },
+            1.0,
+        ),
+        (
+            r#"{"peft_type": "OFT", "r": 0, "oft_block_size": 8, "block_share": true, "coft": false, "eps": 6e-05,
+                "module_dropout": 0.0, "num_cayley_neumann_terms": 5, "use_cayley_neumann": false, "#
+                .to_string(),
+            MethodConfig::Oft {
+                oft_block_size: 8,
+                use_cayley_neumann: false,
+                num_cayley_neumann_terms: 5,
+                coft: false,
+                eps: 6e-5,
+                block_share: true,
+            },
+            1.0,
+        ),
+    ] {
+        let json: Value = serde_json::from_str(&format!("{text}{rest}}}")).unwrap();
+        let config = read(json.clone()).unwrap();
+        assert_eq!((&config.method, config.scale_of(Q0)), (&method, scale), "{json}");
+        let written = config.to_json();
+        assert_eq!(read(written.clone()).unwrap(), config);
+        for (key, value) in written.as_object().unwrap() {
+            // What peft leaves at its default, and what is a number in two ways.
+            let theirs = json.get(key).unwrap_or(&Value::Null);
+            if key == "peft_version" {
+                continue; // ours is the first that reads the file
+            }
+            let is_same = theirs == value || theirs.as_f64().is_some_and(|number| value.as_f64() == Some(number));
+            let defaults = [json!(false), json!({}), json!(true), json!(0.0), Value::Null];
+            assert!(is_same || (theirs.is_null() && defaults.contains(value)), "{key}: {value}, peft has {theirs}");
+        }
+    }
+}
+
+#[test]
+fn tensors_of_all_methods_have_their_names() {
+    for (case, parts) in [
+        ("dora_all_r8", &[Part::A, Part::B, Part::Magnitude][..]),
+        ("vera_r16", &[Part::VeraD, Part::VeraB, Part::VeraBaseA, Part::VeraBaseB]),
+        ("randlora_r8", &[Part::RandLambda, Part::RandGamma, Part::RandBaseA, Part::RandBaseB]),
+        ("lora_xs_r8", &[Part::A, Part::B, Part::Core]),
+        ("lora_sb_r8", &[Part::A, Part::B, Part::Core]),
+        ("svfit_r16", &[Part::A, Part::B, Part::Sigma]),
+    ] {
+        let folder = golden(case).join("adapter_final");
+        let config = AdapterConfig::from_folder(&folder).unwrap();
+        let form = config.method.key_form();
+        let adapter = Checkpoint::open_file(&folder.join("adapter_model.safetensors")).unwrap();
+        let mut found = BTreeSet::new();
+        for key in adapter.names() {
+            let tensor = AdapterTensor::from_key(key, form).unwrap_or_else(|| panic!("{case}: {key}"));
+            assert_eq!(tensor.key(form), key, "{case}");
+            assert!(tensor.module.is_empty() || config.targets(&tensor.module), "{case}: {key}");
+            found.insert(tensor.part);
+        }
+        assert_eq!(found, parts.iter().copied().collect(), "{case}");
+    }
+    for (key, module, part) in [
+        ("base_model.model.model.layers.0.self_attn.q_proj.hra_u", Q0, Part::HraU),
+        ("base_model.model.model.layers.0.self_attn.q_proj.oft_R.weight", Q0, Part::OftR),
+        ("base_model.model.model.embed_tokens.lora_magnitude_vector", "model.embed_tokens", Part::Magnitude),
+        ("base_model.randlora_B", "", Part::RandBaseB),
+    ] {
+        let tensor = AdapterTensor::new(module, part);
+        assert_eq!(AdapterTensor::from_key(key, KeyForm::Peft), Some(tensor.clone()));
+        assert_eq!(tensor.key(KeyForm::Peft), key);
+    }
+}
+
+#[test]
+fn own_methods_have_folders_of_their_own() {
+    let own = |json: Value| read(json).unwrap();
+    let xs = own(json!({"type": "lora_xs", "r": 8, "alpha": 16, "target_modules": ["q_proj"]}));
+    assert_eq!((&xs.method, xs.scale_of(Q0)), (&MethodConfig::LoraXs, 2.0));
+    let sb = own(json!({"type": "lora_sb", "r": 8, "alpha": 8, "eta": 0.001, "target_modules": ["q_proj"]}));
+    assert_eq!((&sb.method, sb.scale_of(Q0)), (&MethodConfig::LoraSb { eta: Some(0.001) }, 1.0));
+    let svfit = own(json!({"type": "svfit", "r": 16, "alpha": 16, "target_modules": ["q_proj"]}));
+    assert_eq!((&svfit.method, svfit.r, svfit.scale_of(Q0)), (&MethodConfig::Svfit, 16, 1.0));
+    let tucker = own(json!({"type": "tucker", "r_in": 4, "r_out": 6, "scale": 2.5, "target_modules": ["q_proj"]}));
+    assert_eq!((tucker.r, tucker.scale_of(Q0)), (6, 2.5));
+    for mut config in [xs, sb, svfit, tucker] {
+        assert_eq!((read(config.to_json()).unwrap(), config.to_metadata()), (config.clone(), None));
+        config.lora_dropout = 0.1;
+        config.exclude_modules = Some(Modules::Names(vec![V1.to_string()]));
+        config.layers_to_transform = vec![1];
+        config.modules_to_save = vec![ModulePattern::part("lm_head").unwrap()];
+        assert_eq!(read(config.to_json()).unwrap(), config);
+    }
+    let text = text_of(read(json!({"type": "lora_xs", "r": 8, "use_dora": true, "target_modules": ["q_proj"]})));
+    assert_has(&text, &["`use_dora`: is set to true, which is not supported"]);
+}
+
+/// What changes the base at the start is a LoRA of twice the rank to every reader, and itself to us.
+#[test]
+fn a_start_in_the_base_is_stored_as_a_lora_of_twice_the_rank() {
+    for use_rslora in [false, true] {
+        for method in [
+            MethodConfig::Pissa { niter: Some(4) },
+            MethodConfig::Olora,
+            MethodConfig::Corda { corda_method: crate::hf::peft::CordaMethod::Kpm },
+        ] {
+            let config = AdapterConfig {
+                method,
+                use_rslora,
+                rank_pattern: vec![(ModulePattern::ending("v_proj").unwrap(), 3)],
+                alpha_pattern: vec![(ModulePattern::ending("v_proj").unwrap(), 5.0)],
+                ..AdapterConfig::new(8, 12.0, Modules::Names(vec!["q_proj".to_string(), "v_proj".to_string()]))
+            };
+            let stored = read(config.to_json()).unwrap();
+            assert_eq!((&stored.method, stored.r, stored.rank_of(V1)), (&MethodConfig::Lora, 16, 6));
+            for module in [Q0, V1] {
+                let (ours, theirs) = (config.scale_of(module), stored.scale_of(module));
+                assert!((ours - theirs).abs() < 1e-12 * ours, "{ours} {theirs}");
+            }
+            let note = config.to_metadata().unwrap();
+            let back = stored.clone().with_metadata(&note, Path::new("adapter_model.safetensors")).unwrap();
+            assert_eq!(back, config);
+            let edited = AdapterConfig { r: 4, ..stored };
+            let text = text_of(edited.with_metadata(&note, Path::new("adapter_model.safetensors")));
+            assert_has(
+                &text,
+                &["metadata entry `lowrank`", "of rank 8 is stored as a LoRA of rank 16", "says 4", "hint:"],
+            );
+        }
+    }
+}
+
+#[test]
+fn the_note_in_the_tensor_file_gives_the_method_back() {
+    let config = AdapterConfig {
+        method: MethodConfig::Eora { trained: true },
+        ..AdapterConfig::new(4, 4.0, Modules::Names(vec!["q_proj".to_string()]))
+    };
+    let folder = temp();
+    put(folder.path(), &[("adapter_config.json", &config.to_json().to_string())]);
+    assert_eq!(AdapterConfig::from_folder(folder.path()).unwrap().method, MethodConfig::Lora);
+    let write = |metadata: &[(&str, &str)]| {
+        let tensor = OutTensor::from_f32("base_model.model.q_proj.lora_A.weight", Dtype::F32, &[4, 1], vec![0.0; 4]);
+        write_safetensors(&folder.path().join("adapter_model.safetensors"), vec![tensor], metadata).unwrap();
+    };
+    let metadata = config.file_metadata();
+    assert_eq!(metadata[0], ("format", "pt".to_string()));
+    write(&metadata.iter().map(|(key, text)| (*key, text.as_str())).collect::<Vec<_>>());
+    assert_eq!(AdapterConfig::from_folder(folder.path()).unwrap(), config);
+    write(&[("format", "pt")]);
+    assert_eq!(AdapterConfig::from_folder(folder.path()).unwrap().method, MethodConfig::Lora);
+    for (note, reason) in
+        [("{", "not valid JSON"), ("[]", "expected an object"), ("{\"method\":\"x\"}", "expected pissa")]
+    {
+        write(&[(METADATA_KEY, note)]);
+        assert_has(
+            &text_of(AdapterConfig::from_folder(folder.path())),
+            &["adapter_model.safetensors", reason, "hint:"],
+        );
+    }
+}
+
+/// peft has no exclusions for these methods: the targets are then listed one by one.
+#[test]
+fn exclusions_that_peft_cannot_say_become_names() {
+    let names = |names: &[&str]| names.iter().map(|name| name.to_string()).collect::<Vec<_>>();
+    let (all, attached) = (names(&[Q0, Q1, V1, UP1, "lm_head"]), names(&[Q1]));
+    let mut config = AdapterConfig::new(8, 8.0, Modules::Names(names(&["q_proj"])));
+    config.exclude_modules = Some(Modules::Names(names(&["layers.0.self_attn.q_proj"])));
+    assert_eq!(config.with_names(&attached, &all), config);
+    config.method = MethodConfig::Vera { d_initial: 0.1, projection_prng_key: 0 };
+    let named = config.with_names(&attached, &all);
+    assert_eq!((named.target_modules, named.exclude_modules), (Modules::Names(attached.clone()), None));
+    config = AdapterConfig::new(8, 8.0, Modules::AllLinear);
+    assert_eq!(config.with_names(&names(&[Q0, Q1]), &all).target_modules, Modules::Names(names(&["q_proj"])));
 }
