@@ -6,15 +6,20 @@
 use std::sync::Arc;
 
 use burn::module::{Module, Param};
-use burn::tensor::{Device, FloatDType, Tensor};
+use burn::tensor::{Device, FloatDType, Gradients, Tensor};
 use lowrank_core::lowrank::cast;
 use lowrank_core::{LowRank, Projection};
 use lowrank_kernels as kernels;
 
+use crate::batch::Batch;
 use crate::block::{Block, KeyValueCache, Norm};
 use crate::config::DecoderConfig;
 use crate::inputs::Inputs;
-use crate::parameters;
+use crate::network::{self, Network, NetworkBatch, Replace};
+use crate::parameters::{self, Named};
+
+/// Module name of the token embedding.
+const EMBEDDING: &str = "model.embed_tokens";
 
 /// Token embedding, `[vocab, hidden]`.
 #[derive(Module, Debug)]
@@ -99,35 +104,9 @@ impl Decoder {
         Head { norm: self.model.norm.clone(), lm_head: self.lm_head.clone(), tied }
     }
 
-    /// Replaces every parameter by what `replace` makes of it and its name. Values are handed over, not copied, so an
-    /// optimiser can change them in place.
-    pub fn map_parameters(&mut self, replace: &mut dyn FnMut(&str, Tensor<2>) -> Tensor<2>) {
-        self.map_embedding(replace);
-        for index in 0..self.model.layers.len() {
-            self.map_block(index, replace);
-        }
-        self.map_head(replace);
-    }
-
-    /// [`Decoder::map_parameters`] for the embedding alone.
-    pub fn map_embedding(&mut self, replace: &mut dyn FnMut(&str, Tensor<2>) -> Tensor<2>) {
-        let empty = Embedding { weight: Param::from_tensor(Tensor::zeros([1, 1], &self.device())), delta: None };
-        let embedding = std::mem::replace(&mut self.model.embed_tokens, empty);
-        self.model.embed_tokens = parameters::map(embedding, "model.embed_tokens", replace);
-    }
-
-    /// [`Decoder::map_parameters`] for one block alone.
-    pub fn map_block(&mut self, index: usize, replace: &mut dyn FnMut(&str, Tensor<2>) -> Tensor<2>) {
-        let block = self.model.layers.remove(index);
-        self.model.layers.insert(index, parameters::map(block, &format!("model.layers.{index}"), replace));
-    }
-
-    /// [`Decoder::map_parameters`] for the last norm and an untied head alone.
-    pub fn map_head(&mut self, replace: &mut dyn FnMut(&str, Tensor<2>) -> Tensor<2>) {
-        let empty = Norm::frozen(Tensor::zeros([1], &self.device()));
-        let norm = std::mem::replace(&mut self.model.norm, empty);
-        self.model.norm = parameters::map(norm, "model.norm", &mut *replace);
-        self.lm_head = self.lm_head.take().map(|head| parameters::map(head, "lm_head", replace));
+    /// [`Network::map_parameters`].
+    pub fn map_parameters(&mut self, replace: Replace<'_>) {
+        Network::map_parameters(self, replace);
     }
 
     /// The device of the parameters.
@@ -162,5 +141,151 @@ impl Decoder {
         (0..self.config.num_layers)
             .map(|_| KeyValueCache::new(rows, capacity, &self.config, self.compute, &device))
             .collect()
+    }
+}
+
+impl NetworkBatch for Batch {
+    fn target_count(&self) -> usize {
+        Batch::target_count(self)
+    }
+
+    fn token_count(&self) -> usize {
+        Batch::token_count(self)
+    }
+
+    fn records(&self) -> &[u64] {
+        &self.records
+    }
+}
+
+impl Network for Decoder {
+    type Stem = Embedding;
+    type Block = Block;
+    type Head = Head;
+    type Batch = Batch;
+    type Inputs = Inputs;
+
+    fn device(&self) -> Device {
+        Decoder::device(self)
+    }
+
+    fn hidden_size(&self) -> usize {
+        self.config.hidden_size
+    }
+
+    fn inputs(&self, batch: &Batch) -> Inputs {
+        Inputs::new(batch, &self.config, 0, &self.device())
+    }
+
+    fn stem(&self) -> &Embedding {
+        &self.model.embed_tokens
+    }
+
+    fn run_stem(&self, stem: &Embedding, inputs: &Inputs, _training: bool) -> Tensor<2> {
+        stem.forward(inputs, &self.config, self.compute)
+    }
+
+    fn blocks(&self) -> &[Block] {
+        &self.model.layers
+    }
+
+    fn run_block(&self, index: usize, block: &Block, x: Tensor<2>, inputs: &Inputs, training: bool) -> Tensor<2> {
+        block.forward(x, inputs, &self.config, self.config.layers[index], training, None)
+    }
+
+    fn head(&self) -> Head {
+        Decoder::head(self)
+    }
+
+    fn counted(&self, batch: &Batch) -> Vec<i32> {
+        (0..batch.targets.len() as i32).filter(|&row| batch.targets[row as usize] >= 0).collect()
+    }
+
+    fn losses(&self, head: &Head, x: Tensor<2>, rows: &[i32], batch: &Batch, training: bool) -> Tensor<1> {
+        let targets: Vec<i32> = rows.iter().map(|&row| batch.targets[row as usize]).collect();
+        let targets = network::integers(&targets, &self.device());
+        let softcap = self.config.final_softcap.unwrap_or(0.0);
+        kernels::cross_entropy(head.forward(x, &self.config, training), targets, softcap)
+    }
+
+    fn default_head_chunk(&self) -> usize {
+        network::head_chunk(self.config.vocab_size)
+    }
+
+    fn stem_name(&self) -> String {
+        "model.embed_tokens".to_owned()
+    }
+
+    fn block_name(&self, index: usize) -> String {
+        format!("model.layers.{index}")
+    }
+
+    fn map_stem(&mut self, replace: Replace<'_>) {
+        let empty = Embedding { weight: Param::from_tensor(Tensor::zeros([1, 1], &self.device())), delta: None };
+        let embedding = std::mem::replace(&mut self.model.embed_tokens, empty);
+        self.model.embed_tokens = parameters::map(embedding, &self.stem_name(), replace);
+    }
+
+    fn map_block(&mut self, index: usize, replace: Replace<'_>) {
+        let block = self.model.layers.remove(index);
+        self.model.layers.insert(index, parameters::map(block, &self.block_name(index), replace));
+    }
+
+    fn map_head(&mut self, replace: Replace<'_>) {
+        let empty = Norm::frozen(Tensor::zeros([1], &self.device()));
+        let norm = std::mem::replace(&mut self.model.norm, empty);
+        self.model.norm = parameters::map(norm, "model.norm", &mut *replace);
+        self.lm_head = self.lm_head.take().map(|head| parameters::map(head, "lm_head", replace));
+    }
+
+    fn projections(block: &Block) -> Vec<(String, &Projection)> {
+        block.projections().into_iter().map(|(name, projection)| (name.to_owned(), projection)).collect()
+    }
+
+    fn projections_mut(block: &mut Block) -> Vec<(String, &mut Projection)> {
+        block.projections_mut().into_iter().map(|(name, projection)| (name.to_owned(), projection)).collect()
+    }
+
+    fn head_projections(head: &Head) -> Vec<(String, &Projection)> {
+        head.lm_head.iter().map(|head| ("lm_head".to_owned(), head)).collect()
+    }
+
+    fn head_projections_mut(head: &mut Head) -> Vec<(String, &mut Projection)> {
+        head.lm_head.iter_mut().map(|head| ("lm_head".to_owned(), head)).collect()
+    }
+
+    fn take_head_gradients(head: &Head, gradients: &mut Gradients, into: &mut Named) {
+        parameters::take_gradients(&head.norm, "model.norm", gradients, into);
+        if let Some(head) = &head.lm_head {
+            parameters::take_gradients(head, "lm_head", gradients, into);
+        }
+        if let Some(tied) = &head.tied {
+            parameters::take_gradients(tied, "model.embed_tokens.weight", gradients, into);
+        }
+    }
+
+    fn for_each_projection(&mut self, change: &mut dyn FnMut(&str, &mut Projection)) {
+        for (index, block) in self.model.layers.iter_mut().enumerate() {
+            for (name, projection) in block.projections_mut() {
+                change(&format!("model.layers.{index}.{name}"), projection);
+            }
+        }
+        if let Some(head) = &mut self.lm_head {
+            change("lm_head", head);
+        }
+    }
+
+    fn embedding(&mut self) -> Option<(&'static str, &mut Embedding)> {
+        Some((EMBEDDING, &mut self.model.embed_tokens))
+    }
+
+    fn embedding_name(&self) -> Option<&'static str> {
+        Some(EMBEDDING)
+    }
+
+    fn untie_head(&mut self) {
+        if self.lm_head.is_none() {
+            self.lm_head = Some(Projection::frozen(self.model.embed_tokens.weight.val().transpose(), None));
+        }
     }
 }

@@ -1,19 +1,23 @@
 //! From a checkpoint folder, or from nothing but its `config.json`, to a [`Decoder`] on a device.
 //!
 //! Tensors go to the device one at a time straight from the mapped file, so host memory holds one of them beside the model. A
-//! linear weight stays as it lies on disk, `[out, in]`, and the model sees its transposed view.
+//! linear weight stays as it lies on disk, `[out, in]`, and the model sees its transposed view. One that is to be quantised is
+//! packed on the host as it is read, from the values in the file: neither host nor device ever holds the model in full precision.
 
 use std::path::Path;
 use std::sync::Arc;
 
 use burn::tensor::{DType, Device, FloatDType, Shape, Tensor, TensorData};
 use lowrank_core::Projection;
+use lowrank_core::base::{Base, PackedBase};
+use lowrank_core::quant::{Quantisation, QuantiseError};
 use lowrank_core::random::Stream;
 
 use crate::block::{Attention, Block, Mlp, Norm};
 use crate::config::{ConfigError, DecoderConfig};
 use crate::decoder::{Decoder, Embedding, Trunk};
 use crate::hf::{Checkpoint, Dtype, HfError};
+use crate::save::held;
 
 /// What can go wrong when a model is loaded. Both kinds say what, where, expected and got, with a hint.
 #[derive(Debug, thiserror::Error)]
@@ -24,7 +28,18 @@ pub enum LoadError {
     /// The tensors do not fit.
     #[error(transparent)]
     Checkpoint(#[from] HfError),
+    /// A weight cannot be quantised.
+    #[error("`{name}` of the checkpoint cannot be quantised: {source}")]
+    Quantise {
+        /// The tensor.
+        name: String,
+        /// Why.
+        source: QuantiseError,
+    },
 }
+
+/// Says of a linear layer, by its module name, how its weight is to be packed; `None` leaves it dense.
+pub type Quantise<'a> = &'a dyn Fn(&str) -> Option<Quantisation>;
 
 /// Tells how far loading is: name of the tensor, its number, how many there are.
 pub type Progress<'a> = &'a mut dyn FnMut(&str, usize, usize);
@@ -34,10 +49,30 @@ pub type Progress<'a> = &'a mut dyn FnMut(&str, usize, usize);
 /// # Errors
 /// An unknown architecture, a missing or extra tensor, a wrong shape or type: one message names all of them.
 pub fn load(folder: &Path, dtype: FloatDType, device: &Device, progress: Progress<'_>) -> Result<Decoder, LoadError> {
+    load_quantised(folder, dtype, &|_| None, device, progress)
+}
+
+/// As [`load`], with the weights of some linear layers packed.
+///
+/// # Errors
+/// As [`load`]; a weight that is not finite, a format that does not exist.
+pub fn load_quantised(
+    folder: &Path,
+    dtype: FloatDType,
+    quantise: Quantise<'_>,
+    device: &Device,
+    progress: Progress<'_>,
+) -> Result<Decoder, LoadError> {
     let config = DecoderConfig::read(folder)?;
     let checkpoint = Checkpoint::open(folder)?;
     checkpoint.check(&config.expected_tensors(), |name| config.is_ignorable(name))?;
-    build(config, dtype, device, progress, |name, _| Ok(tensor_data(&checkpoint, name, dtype)?))
+    let decoder =
+        build(config, dtype, quantise, device, progress, |name, _, dtype| Ok(tensor_data(&checkpoint, name, dtype)?))?;
+    let held = held(&decoder);
+    if held.packed > 0 {
+        tracing::info!("{held}");
+    }
+    Ok(decoder)
 }
 
 /// A model with the field's usual random start: normal with `initializer_range`, norms at their identity, biases zero.
@@ -47,7 +82,7 @@ pub fn load(folder: &Path, dtype: FloatDType, device: &Device, progress: Progres
 pub fn random(folder: &Path, dtype: FloatDType, seed: u64, device: &Device) -> Result<Decoder, LoadError> {
     let config = DecoderConfig::read(folder)?;
     let (deviation, norm) = (f64::from(config.initializer_range), 1.0 - config.norm_offset);
-    build(config, dtype, device, &mut |_, _, _| {}, |name, shape| {
+    build(config, dtype, &|_| None, device, &mut |_, _, _| {}, |name, shape, dtype| {
         let count = shape.iter().product::<usize>();
         let stream = Stream::new(seed, name);
         let values: Vec<f32> = match shape.len() {
@@ -60,7 +95,7 @@ pub fn random(folder: &Path, dtype: FloatDType, seed: u64, device: &Device) -> R
 }
 
 /// A tensor of a checkpoint in the wanted type.
-fn tensor_data(checkpoint: &Checkpoint, name: &str, dtype: FloatDType) -> Result<TensorData, HfError> {
+pub(crate) fn tensor_data(checkpoint: &Checkpoint, name: &str, dtype: FloatDType) -> Result<TensorData, HfError> {
     let view = checkpoint.get(name)?;
     let shape = Shape::from(view.shape.to_vec());
     Ok(match dtype {
@@ -70,32 +105,54 @@ fn tensor_data(checkpoint: &Checkpoint, name: &str, dtype: FloatDType) -> Result
     })
 }
 
+/// On the device in the type it has: Burn's default would be f32 whatever the data is.
+fn tensor<const D: usize>(data: TensorData, device: &Device) -> Tensor<D> {
+    let dtype = data.dtype();
+    Tensor::from_data(data, (device, dtype))
+}
+
 struct Source<'a, F> {
     next: F,
+    dtype: FloatDType,
+    quantise: Quantise<'a>,
     device: &'a Device,
     done: usize,
     total: usize,
     progress: Progress<'a>,
 }
 
-impl<F: FnMut(&str, &[usize]) -> Result<TensorData, LoadError>> Source<'_, F> {
+impl<F: FnMut(&str, &[usize], FloatDType) -> Result<TensorData, LoadError>> Source<'_, F> {
     fn data(&mut self, name: &str, shape: &[usize]) -> Result<TensorData, LoadError> {
+        self.data_as(name, shape, self.dtype)
+    }
+    fn data_as(&mut self, name: &str, shape: &[usize], dtype: FloatDType) -> Result<TensorData, LoadError> {
         self.done += 1;
         (self.progress)(name, self.done, self.total);
-        (self.next)(name, shape)
+        (self.next)(name, shape, dtype)
+    }
+    fn weight(&mut self, module: &str, d_in: usize, d_out: usize) -> Result<Base, LoadError> {
+        let (name, shape) = (format!("{module}.weight"), [d_out, d_in]);
+        let Some(quantisation) = (self.quantise)(module) else {
+            return Ok(Base::dense(tensor::<2>(self.data(&name, &shape)?, self.device).transpose()));
+        };
+        let data = self.data_as(&name, &shape, FloatDType::F32)?;
+        let values = data.try_into_vec::<f32>().unwrap_or_else(|_| unreachable!("f32 was asked for"));
+        let weight = quantisation
+            .pack(&values, [d_in, d_out], self.device)
+            .map_err(|source| LoadError::Quantise { name, source })?;
+        Ok(Base::Packed(PackedBase { weight, quantisation, dtype: self.dtype }))
     }
     fn norm(&mut self, name: &str, width: usize) -> Result<Norm, LoadError> {
         let data = self.data(&format!("{name}.weight"), &[width])?;
-        Ok(Norm::frozen(Tensor::from_data(data, self.device)))
+        Ok(Norm::frozen(tensor(data, self.device)))
     }
     fn projection(&mut self, name: &str, d_in: usize, d_out: usize, bias: bool) -> Result<Projection, LoadError> {
-        let stored = self.data(&format!("{name}.weight"), &[d_out, d_in])?;
-        let weight = Tensor::<2>::from_data(stored, self.device).transpose();
+        let weight = self.weight(name, d_in, d_out)?;
         let bias = match bias {
-            true => Some(Tensor::from_data(self.data(&format!("{name}.bias"), &[d_out])?, self.device)),
+            true => Some(tensor(self.data(&format!("{name}.bias"), &[d_out])?, self.device)),
             false => None,
         };
-        Ok(Projection::frozen(weight, bias))
+        Ok(Projection::on(weight, bias))
     }
     fn block(&mut self, index: usize, c: &DecoderConfig) -> Result<Block, LoadError> {
         let at = |part: &str| format!("model.layers.{index}.{part}");
@@ -135,16 +192,17 @@ impl<F: FnMut(&str, &[usize]) -> Result<TensorData, LoadError>> Source<'_, F> {
 fn build(
     config: DecoderConfig,
     dtype: FloatDType,
+    quantise: Quantise<'_>,
     device: &Device,
     progress: Progress<'_>,
-    next: impl FnMut(&str, &[usize]) -> Result<TensorData, LoadError>,
+    next: impl FnMut(&str, &[usize], FloatDType) -> Result<TensorData, LoadError>,
 ) -> Result<Decoder, LoadError> {
     let total = config.expected_tensors().len();
-    let mut source = Source { next, device, done: 0, total, progress };
+    let mut source = Source { next, dtype, quantise, device, done: 0, total, progress };
     let (vocab, hidden) = (config.vocab_size, config.hidden_size);
     let embedding = source.data("model.embed_tokens.weight", &[vocab, hidden])?;
     let embed_tokens = Embedding {
-        weight: burn::module::Param::from_tensor(Tensor::from_data(embedding, device)).set_require_grad(false),
+        weight: burn::module::Param::from_tensor(tensor(embedding, device)).set_require_grad(false),
         delta: None,
     };
     let layers = (0..config.num_layers).map(|index| source.block(index, &config)).collect::<Result<_, _>>()?;

@@ -5,8 +5,11 @@ use std::path::Path;
 use burn::module::Module;
 use burn::tensor::{FloatDType, Tensor};
 
+use lowrank_core::{Base, Projection};
+
 use crate::decoder::Decoder;
 use crate::hf::{Dtype, HfError, OutTensor, write, write_sharded, write_text_atomic};
+use crate::network::Network;
 use crate::parameters;
 
 /// Values of a matrix in row-major order, in f32 on the host.
@@ -35,7 +38,8 @@ pub fn save_model(
     Ok(())
 }
 
-/// Every parameter under its name and shape on disk; bytes are produced when the writer asks.
+/// Every parameter under its name and shape on disk; bytes are produced when the writer asks. Packed weights are written as the
+/// values that their codes stand for.
 pub fn tensors(decoder: &Decoder, dtype: Dtype) -> Vec<OutTensor<'static>> {
     let mut out = vec![];
     parameters::visit(decoder, "", |entry| {
@@ -50,6 +54,20 @@ pub fn tensors(decoder: &Decoder, dtype: Dtype) -> Vec<OutTensor<'static>> {
             crate::hf::dtype::from_f32(&host_values(value), dtype)
         }));
     });
+    let packed = |(name, projection): (String, &Projection)| match &projection.weight {
+        Base::Dense(_) => None,
+        Base::Packed(base) => {
+            let (weight, [d_in, d_out]) = (base.weight.clone(), projection.dims());
+            Some(OutTensor::new(format!("{name}.weight"), dtype, &[d_out, d_in], move || {
+                crate::hf::dtype::from_f32(&host_values(weight.rows(0..d_out, FloatDType::F32)), dtype)
+            }))
+        }
+    };
+    for (index, block) in decoder.blocks().iter().enumerate() {
+        let full = |(name, projection)| (format!("{}.{name}", decoder.block_name(index)), projection);
+        out.extend(Decoder::projections(block).into_iter().map(full).filter_map(packed));
+    }
+    out.extend(Decoder::head_projections(&decoder.head()).into_iter().filter_map(packed));
     out
 }
 
@@ -67,5 +85,52 @@ fn write_config(decoder: &Decoder, origin: &Path, folder: &Path, dtype: Dtype) -
 
 /// Number of parameters of a model.
 pub fn parameter_count(decoder: &Decoder) -> usize {
-    decoder.num_params()
+    decoder.num_params() + held(decoder).packed
+}
+
+/// What the weights of a model's linear layers cost.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Held {
+    /// Values of packed weights.
+    pub packed: usize,
+    /// Bytes of packed weights.
+    pub packed_bytes: usize,
+    /// Values of dense weights.
+    pub dense: usize,
+    /// Bytes of dense weights.
+    pub dense_bytes: usize,
+}
+
+impl std::fmt::Display for Held {
+    fn fmt(&self, out: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let bytes_each = |bytes: usize, values: usize| bytes as f64 / values.max(1) as f64;
+        let mib = |bytes: usize| bytes as f64 / f64::from(1 << 20);
+        write!(
+            out,
+            "linear layers: {} weights packed in {:.1} MiB, {:.3} bytes each; {} dense in {:.1} MiB; {:.3} bytes on average",
+            self.packed,
+            mib(self.packed_bytes),
+            bytes_each(self.packed_bytes, self.packed),
+            self.dense,
+            mib(self.dense_bytes),
+            bytes_each(self.packed_bytes + self.dense_bytes, self.packed + self.dense),
+        )
+    }
+}
+
+/// Counts the weights of the linear layers by how they are held.
+pub fn held<M: Network>(model: &M) -> Held {
+    let mut held = Held::default();
+    let mut add = |projections: Vec<(String, &Projection)>| {
+        for (_, projection) in projections {
+            let (values, bytes) = (projection.dims().iter().product::<usize>(), projection.weight.bytes());
+            match projection.weight {
+                Base::Packed(_) => (held.packed, held.packed_bytes) = (held.packed + values, held.packed_bytes + bytes),
+                Base::Dense(_) => (held.dense, held.dense_bytes) = (held.dense + values, held.dense_bytes + bytes),
+            }
+        }
+    };
+    model.blocks().iter().for_each(|block| add(M::projections(block)));
+    add(M::head_projections(&model.head()));
+    held
 }
