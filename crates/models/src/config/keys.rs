@@ -89,6 +89,20 @@ impl<'a> Keys<'a> {
         }
     }
 
+    /// A list of whole numbers from 1 to `max`; a single number counts as a list of one.
+    pub fn sizes(&self, key: &str, max: usize) -> Result<Option<Vec<usize>>, ConfigError> {
+        let Some(value) = self.get(key) else {
+            return Ok(None);
+        };
+        let size =
+            |value: &Value| value.as_u64().filter(|&size| size >= 1 && size <= max as u64).map(|size| size as usize);
+        let sizes = match value {
+            Value::Array(list) if !list.is_empty() => list.iter().map(size).collect(),
+            one => size(one).map(|size| vec![size]),
+        };
+        sizes.map(Some).ok_or_else(|| self.wrong_type(key, &format!("{}, or a list of such", size_range(max)), value))
+    }
+
     /// A whole number, 0 included.
     pub fn count(&self, key: &str) -> Result<Option<usize>, ConfigError> {
         let Some(value) = self.get(key) else {
