@@ -8,12 +8,32 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCES = ("crates/trainer/src/config/raw.rs", "crates/trainer/src/config/optimizer.rs",
-           "crates/trainer/src/data/mod.rs")
+CONFIG = "crates/trainer/src/config"
+SOURCES = (f"{CONFIG}/raw.rs", f"{CONFIG}/adapter.rs", f"{CONFIG}/quantization.rs", f"{CONFIG}/calibration.rs",
+           f"{CONFIG}/classification.rs",
+           f"{CONFIG}/optimizer.rs", "crates/trainer/src/data/mod.rs")
 OUT = ROOT / "docs" / "config.md"
 TABLES = [  # struct, its table in the file, a line about it
     ("RunConfig", "top level", "These keys come before the first table."),
-    ("LoraConfig", "[adapter.lora]", "Leave the table out to train every weight."),
+    ("LoraConfig", "[adapter.lora]", "Leave the table out to train every weight. docs/adapters.md compares the methods."),
+    ("DoraConfig", "[adapter.dora]", ""),
+    ("PissaConfig", "[adapter.pissa]", ""),
+    ("OloraConfig", "[adapter.olora]", ""),
+    ("CordaConfig", "[adapter.corda]", "Calibrates on the training data."),
+    ("EoraConfig", "[adapter.eora]", "Calibrates on the training data."),
+    ("LoraXsConfig", "[adapter.lora_xs]", ""),
+    ("LoraSbConfig", "[adapter.lora_sb]", "Calibrates on the training data."),
+    ("SvfitConfig", "[adapter.svfit]", ""),
+    ("VeraConfig", "[adapter.vera]", ""),
+    ("RandloraConfig", "[adapter.randlora]", ""),
+    ("TuckerConfig", "[adapter.tucker]", ""),
+    ("HraConfig", "[adapter.hra]", ""),
+    ("OftConfig", "[adapter.oft]", ""),
+    ("Nf4Config", "[quantization.nf4]", "Holds the frozen weights beside an adapter in fewer bits."),
+    ("Int8Config", "[quantization.int8]", ""),
+    ("Int4Config", "[quantization.int4]", ""),
+    ("CalibrationConfig", "[calibration]", "For `corda`, `eora` and `lora_sb`."),
+    ("ClassificationConfig", "[classification]", "For `sequence_classification` and `image_classification`."),
     ("AdamWConfig", "[optimizer.adamw]", ""),
     ("GaloreConfig", "[optimizer.galore]", "Trains the whole model; targets by low-rank gradients, the rest by AdamW."),
     ("QGaloreConfig", "[optimizer.q_galore]", ""),
@@ -21,11 +41,13 @@ TABLES = [  # struct, its table in the file, a line about it
     ("ApolloConfig", "[optimizer.apollo]", ""),
     ("FiraConfig", "[optimizer.fira]", ""),
     ("LdadamConfig", "[optimizer.ldadam]", ""),
+    ("IntrinsicConfig", "[optimizer.intrinsic]", "Measures an intrinsic dimension: how few numbers can train the model."),
     ("DataConfig", "[data]", ""),
     ("TrainingConfig", "[training]", ""),
     ("LoggingConfig", "[logging]", ""),
     ("EvaluationConfig", "[evaluation]", ""),
 ]
+LIKE = ("LoraConfig", "`[adapter.lora]`")  # the adapter table that explains the keys that most have
 TYPES = {
     "String": "text", "PathBuf": "path", "bool": "true or false", "f64": "number", "u64": "whole number",
     "usize": "whole number", "u8": "whole number", "Vec<String>": "list of texts", "Vec<usize>": "list of whole numbers",
@@ -63,6 +85,16 @@ def items(text, keyword):
     return {match[1]: match[2] for match in re.finditer(rf"^pub {keyword} (\w+) \{{\n(.*?)^\}}", text, re.M | re.S)}
 
 
+def equations(text):
+    """Struct -> what its comment says of an adapter table."""
+    found = {}
+    for match in re.finditer(r"^((?:/// .*\n)+)(?:#\[.*\n)*pub struct (\w+) ", text, re.M):
+        comment = " ".join(line.removeprefix("///").strip() for line in match[1].splitlines())
+        if told := re.match(r"`\[adapter\.\w+\]`: (.*)", comment):
+            found[match[2]] = told[1][:1].upper() + told[1][1:]
+    return found
+
+
 def members(body, pattern):
     """(match of the member, its comment as one line) for every member, in order."""
     comment = []
@@ -87,9 +119,10 @@ def choices(body):
     return [f"- {comment}" if comment.startswith(value) else f"- {value}: {comment}" for value, comment in values]
 
 
-def table(struct, enums):
-    """Markdown of one struct: a row for each key, then the values of keys that are a choice."""
-    rows, lists = [], []
+def table(struct, enums, known=()):
+    """Markdown of one struct: a row for each key, then the values of keys that are a choice. `known` are rows that stand
+    elsewhere already: their keys are only named. Returns the lines and the rows."""
+    rows, lists, same = [], [], []
     for match, comment in members(struct, r"pub (\w+): (.+),$"):
         key, kind = match[1], re.sub(r"^Option<(.*)>$", r"\1", match[2])
         if kind.endswith("Config"):
@@ -98,20 +131,31 @@ def table(struct, enums):
         values = choices(enums[kind]) if kind in enums and kind not in TYPES else []
         if not values and kind not in TYPES:
             sys.exit(f"error: no words for the type {kind} of {key}: add it to TYPES")
-        rows.append(f"| `{key}` | {TYPES.get(kind, 'choice')} | {comment} |")
+        row = f"| `{key}` | {TYPES.get(kind, 'choice')} | {comment} |"
+        if row in known:
+            same.append(f"`{key}`")
+            continue
+        rows.append(row)
         if kind in UNTAGGED and key == "target_modules":
             values = [f"- {variant}" for _, variant in members(enums[kind], r"\w+\(.*\),$")]
         if values:
             lists += [f"\n`{key}`:"] + values
-    return ["| key | value | meaning |", "| --- | --- | --- |", *rows, *lists]
+    if same:
+        lists = ["", f"As in {LIKE[1]}: {', '.join(same)}.", *lists]
+    head = ["| key | value | meaning |", "| --- | --- | --- |"] if rows else []
+    return (head + rows + lists if rows else lists[1:]), rows
 
 
 def render():
     text = "\n".join((ROOT / source).read_text(encoding="utf-8") for source in SOURCES)
     structs, enums = items(text, "struct"), items(text, "enum")
     lines = [HEAD.rstrip("\n")]
+    rows, told = {}, equations(text)
     for struct, name, note in TABLES:
-        lines += ["", f"## {name}", ""] + ([note, ""] if note else []) + table(structs[struct], enums)
+        known = rows.get(LIKE[0], ()) if name.startswith("[adapter.") else ()
+        body, rows[struct] = table(structs[struct], enums, known)
+        note = " ".join(filter(None, (told.get(struct), note)))
+        lines += ["", f"## {name}", ""] + ([note, ""] if note else []) + body
     return "\n".join(lines) + "\n"
 
 

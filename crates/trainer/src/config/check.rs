@@ -4,21 +4,20 @@ use std::path::Path;
 
 use regex::Regex;
 
+use super::check_adapter::check_adapter;
 use super::optimizer::{
     Accumulation, Common, GaloreConfig, GradientNorm, Inner, Merge, OptimizerConfig, ProjType, QGaloreConfig, Score,
 };
-use super::raw::{
-    AdapterConfig, EvaluationConfig, LoraConfig, OnNonFinite, RunConfig, Scheduler, TargetModules, TrainingConfig,
-};
+use super::raw::{EvaluationConfig, OnNonFinite, RunConfig, Scheduler, TargetModules, Task, TrainingConfig};
 use super::resolve::Purpose;
+use crate::data::Format;
 
 /// One sentence for every value that makes no sense, in the order of the file. Empty: the configuration is good.
 pub fn problems(config: &RunConfig, purpose: Purpose) -> Vec<String> {
     let mut found = Findings(Vec::new());
     check_run(config, purpose, &mut found);
-    if let Some(AdapterConfig::Lora(lora)) = &config.adapter {
-        check_lora(lora, &mut found);
-    }
+    check_task(config, &mut found);
+    check_adapter(config, purpose, &mut found);
     check_optimizer(config, &mut found);
     let has_eval_data = check_data(config, purpose, &mut found);
     check_training(&config.training, purpose, &mut found);
@@ -30,17 +29,17 @@ pub fn problems(config: &RunConfig, purpose: Purpose) -> Vec<String> {
     found.0
 }
 
-struct Findings(Vec<String>);
+pub(super) struct Findings(Vec<String>);
 
 impl Findings {
     /// Records `problem` unless `good`.
-    fn require(&mut self, good: bool, problem: impl FnOnce() -> String) {
+    pub(super) fn require(&mut self, good: bool, problem: impl FnOnce() -> String) {
         if !good {
             self.0.push(problem());
         }
     }
 
-    fn push(&mut self, problem: impl Into<String>) {
+    pub(super) fn push(&mut self, problem: impl Into<String>) {
         self.0.push(problem.into());
     }
 }
@@ -62,6 +61,38 @@ fn check_run(config: &RunConfig, purpose: Purpose, found: &mut Findings) {
     }
 }
 
+/// Keys that another task has.
+fn check_task(config: &RunConfig, found: &mut Findings) {
+    let (task, data) = (config.task.name(), &config.data);
+    let table = config.classification.clone().unwrap_or_default();
+    if config.task == Task::CausalLm {
+        found.require(config.classification.is_none(), || {
+            "[classification] is set, but task is \"causal_lm\": set task = \"sequence_classification\" or \
+             \"image_classification\""
+                .to_owned()
+        });
+        return;
+    }
+    found.require(!table.regression || table.labels.len() <= 1, || {
+        "classification.regression is true, but classification.labels names several classes: keep one".to_owned()
+    });
+    found.require(!table.random_flip || config.task == Task::ImageClassification, || {
+        "classification.random_flip is true, but only images can be mirrored".to_owned()
+    });
+    for (key, is_set) in [
+        ("[quantization]", config.quantization.is_some()),
+        ("calibration.data", config.calibration.as_ref().is_some_and(|table| table.data.is_some())),
+        ("data.streaming", data.streaming),
+        ("data.train_on_inputs", data.train_on_inputs),
+        ("data.format", data.format != Format::Auto),
+        ("evaluation.num_samples", config.evaluation.num_samples.is_some()),
+    ] {
+        found.require(!is_set, || {
+            format!("{key} is set, but task = \"{task}\" has no use for it: it belongs to task = \"causal_lm\"")
+        });
+    }
+}
+
 fn missing_adapter(folder: &Path) -> String {
     format!("init_adapter is \"{}\", which holds no adapter_config.json", folder.display())
 }
@@ -77,40 +108,7 @@ pub fn device_name_is_valid(device: &str) -> bool {
         && index.parse::<u16>().is_ok()
 }
 
-fn check_lora(lora: &LoraConfig, found: &mut Findings) {
-    check_at_least_one("adapter.lora.r", lora.r as u64, found);
-    check_positive("adapter.lora.lora_alpha", lora.lora_alpha, found);
-    let dropout = lora.lora_dropout;
-    found.require((0.0..1.0).contains(&dropout), || {
-        format!("adapter.lora.lora_dropout is {dropout}, must be at least 0 and less than 1")
-    });
-    check_modules("adapter.lora.target_modules", &lora.target_modules, found);
-    if let Some(excluded) = &lora.exclude_modules {
-        check_modules("adapter.lora.exclude_modules", excluded, found);
-    }
-    if lora.layers_to_transform.as_ref().is_some_and(Vec::is_empty) {
-        found.push("adapter.lora.layers_to_transform is empty: leave it out to adapt every block");
-    }
-    if let Some(ratio) = lora.loraplus_lr_ratio {
-        check_positive("adapter.lora.loraplus_lr_ratio", ratio, found);
-    }
-    if let Some(rate) = lora.loraplus_lr_embedding {
-        check_positive("adapter.lora.loraplus_lr_embedding", rate, found);
-        found.require(lora.loraplus_lr_ratio.is_some(), || {
-            "adapter.lora.loraplus_lr_embedding is set without loraplus_lr_ratio".to_owned()
-        });
-    }
-    for (pattern, rank) in &lora.rank_pattern {
-        check_at_least_one(&format!("adapter.lora.rank_pattern.\"{pattern}\""), *rank as u64, found);
-        check_regex("adapter.lora.rank_pattern", pattern, found);
-    }
-    for (pattern, alpha) in &lora.alpha_pattern {
-        check_positive(&format!("adapter.lora.alpha_pattern.\"{pattern}\""), *alpha, found);
-        check_regex("adapter.lora.alpha_pattern", pattern, found);
-    }
-}
-
-fn check_modules(key: &str, modules: &TargetModules, found: &mut Findings) {
+pub(super) fn check_modules(key: &str, modules: &TargetModules, found: &mut Findings) {
     match modules {
         TargetModules::Names(names) if names.is_empty() => found.push(format!("{key} is an empty list")),
         TargetModules::Names(names) if names.iter().any(String::is_empty) => {
@@ -122,7 +120,7 @@ fn check_modules(key: &str, modules: &TargetModules, found: &mut Findings) {
     }
 }
 
-fn check_regex(key: &str, pattern: &str, found: &mut Findings) {
+pub(super) fn check_regex(key: &str, pattern: &str, found: &mut Findings) {
     if let Err(error) = Regex::new(pattern) {
         // The last line of a message of the regex crate is the reason; those above draw the pattern.
         let text = error.to_string();
@@ -172,6 +170,9 @@ fn check_optimizer(config: &RunConfig, found: &mut Findings) {
         }
         OptimizerConfig::Fira(fira) => check_positive("optimizer.fira.scale", fira.scale, found),
         OptimizerConfig::Ldadam(ldadam) => check_share("optimizer.ldadam.rho", ldadam.rho, found),
+        OptimizerConfig::Intrinsic(table) => {
+            check_at_least_one("optimizer.intrinsic.dims", table.dims as u64, found);
+        }
         OptimizerConfig::Adamw(_) => {}
     }
 }
@@ -312,16 +313,16 @@ fn check_evaluation(evaluation: &EvaluationConfig, found: &mut Findings) {
     check_at_least_one("evaluation.num_samples", evaluation.num_samples.map_or(1, |n| n as u64), found);
 }
 
-fn check_at_least_one(key: &str, value: u64, found: &mut Findings) {
+pub(super) fn check_at_least_one(key: &str, value: u64, found: &mut Findings) {
     found.require(value >= 1, || format!("{key} is {value}, must be at least 1"));
 }
 
 /// Far above anything useful, and low enough that the lists of one step can be made.
-fn check_at_most(key: &str, value: usize, most: usize, found: &mut Findings) {
+pub(super) fn check_at_most(key: &str, value: usize, most: usize, found: &mut Findings) {
     found.require(value <= most, || format!("{key} is {value}, must be at most {most}"));
 }
 
-fn check_positive(key: &str, value: f64, found: &mut Findings) {
+pub(super) fn check_positive(key: &str, value: f64, found: &mut Findings) {
     found.require(value > 0.0 && value.is_finite(), || format!("{key} is {value}, must be greater than 0"));
 }
 

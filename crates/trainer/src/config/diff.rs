@@ -87,7 +87,7 @@ fn weigh(key: &str, old: &Value, new: &Value) -> (bool, &'static str) {
         "training.head_chunk_tokens" => (true, "other order of summation: bits may differ"),
         "device" => (true, "other device: bits may differ"),
         "data.eval" => RECORDED,
-        "data.cache" => (false, "same values, other time"),
+        "data.cache" | "calibration.cache" => (false, "same values, other time"),
         _ if key.starts_with("logging.") || key.starts_with("evaluation.") => RECORDED,
         _ => (true, "changes the training"),
     }

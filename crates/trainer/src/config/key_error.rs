@@ -9,11 +9,13 @@ use crate::error::Problem;
 
 /// Where a piece of configuration came from. All texts share one address space: the file begins at 0, and the text of
 /// each `--set` lies behind it.
-pub(super) struct Origins<'a> {
+pub(crate) struct Origins<'a> {
     /// Shown name of the file.
     pub file: String,
     /// Text of the file.
     pub text: &'a str,
+    /// First address, shown name and text of further files that parts of the document come from, by rising address.
+    pub files: Vec<(usize, String, &'a str)>,
     /// First address and argument of every `--set`.
     pub sets: Vec<(usize, &'a str)>,
 }
@@ -24,8 +26,9 @@ impl Origins<'_> {
         if let Some((_, argument)) = self.set_at(address) {
             return format!("--set {argument}");
         }
-        let (line, column, _) = locate(self.text, address);
-        format!("{}, line {line}, column {column}", self.file)
+        let (file, text, offset) = self.file_at(address);
+        let (line, column, _) = locate(text, offset);
+        format!("{file}, line {line}, column {column}")
     }
 
     /// The line of the file at this address, as `\n  3 | text`; empty for a `--set`.
@@ -33,8 +36,17 @@ impl Origins<'_> {
         if self.set_at(address).is_some() {
             return String::new();
         }
-        let (number, _, line) = locate(self.text, address);
+        let (_, text, offset) = self.file_at(address);
+        let (number, _, line) = locate(text, offset);
         format!("\n  {number} | {line}")
+    }
+
+    /// The file that holds an address, and the offset in it.
+    fn file_at(&self, address: usize) -> (&str, &str, usize) {
+        match self.files.iter().rev().find(|(start, ..)| *start <= address) {
+            Some((start, name, text)) => (name, text, address - start),
+            None => (&self.file, self.text, address),
+        }
     }
 
     fn set_at(&self, address: usize) -> Option<&(usize, &str)> {
@@ -55,7 +67,7 @@ fn locate(text: &str, offset: usize) -> (usize, usize, &str) {
 }
 
 /// A document that is not TOML.
-pub(super) fn syntax_problem(error: &toml::de::Error, origins: &Origins<'_>) -> Problem {
+pub(crate) fn syntax_problem(error: &toml::de::Error, origins: &Origins<'_>) -> Problem {
     let address = error.span().map_or(0, |span| span.start);
     Problem::config(format!(
         "{}: not valid TOML: {}{}",
@@ -66,7 +78,7 @@ pub(super) fn syntax_problem(error: &toml::de::Error, origins: &Origins<'_>) -> 
 }
 
 /// A TOML document that is not a configuration. `table` is the document that was read.
-pub(super) fn structure_problem(error: &toml::de::Error, table: &DeTable<'_>, origins: &Origins<'_>) -> Problem {
+pub(crate) fn structure_problem(error: &toml::de::Error, table: &DeTable<'_>, origins: &Origins<'_>) -> Problem {
     let Some(span) = error.span() else {
         return Problem::config(format!("{}: {}", origins.file, error.message()));
     };
@@ -111,6 +123,14 @@ fn find_key(table: &DeTable<'_>, span: &Range<usize>) -> Option<FoundKey> {
         {
             found.parts.insert(0, name);
             return Some(found);
+        }
+        // A list of tables, such as [[variant]].
+        if let DeValue::Array(items) = value.get_ref() {
+            let mut tables = items.iter().filter_map(|item| item.get_ref().as_table());
+            if let Some(mut found) = tables.find_map(|inner| find_key(inner, span)) {
+                found.parts.insert(0, name);
+                return Some(found);
+            }
         }
         let inside = value.span().start <= span.start && span.end <= value.span().end;
         if inside && !matches!(value.get_ref(), DeValue::Table(_)) || value.span() == *span {

@@ -22,6 +22,8 @@ pub enum OptimizerConfig {
     Fira(FiraConfig),
     /// `[optimizer.ldadam]`
     Ldadam(LdadamConfig),
+    /// `[optimizer.intrinsic]`
+    Intrinsic(IntrinsicConfig),
 }
 
 impl Default for OptimizerConfig {
@@ -98,6 +100,7 @@ impl OptimizerConfig {
             Self::Apollo(table) => common!("apollo", table),
             Self::Fira(table) => common!("fira", table),
             Self::Ldadam(table) => common!("ldadam", table),
+            Self::Intrinsic(table) => common!("intrinsic", table),
         }
     }
 
@@ -111,6 +114,12 @@ impl OptimizerConfig {
             Self::Apollo(table) => low_rank!(table, table.update_proj_gap),
             Self::Fira(table) => low_rank!(table, table.update_proj_gap),
             Self::Ldadam(table) => low_rank!(table, 1),
+            Self::Intrinsic(table) => Some(LowRankCommon {
+                target_modules: &table.target_modules,
+                exclude_modules: table.exclude_modules.as_ref(),
+                rank: Some(1), // it has none
+                update_proj_gap: 1,
+            }),
         }
     }
 }
@@ -676,6 +685,54 @@ impl Default for LdadamConfig {
             rank: None,
             rho: 0.908,
             error_feedback: true,
+        }
+    }
+}
+
+/// `[optimizer.intrinsic]`: all managed matrices move inside one random subspace; what is trained is `dims` numbers.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct IntrinsicConfig {
+    /// Peak of the schedule, for the numbers of the subspace. Default 1e-2.
+    pub learning_rate: f64,
+    /// Peak for parameters that are no targets, where `train_rest` is set. Default: `learning_rate`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub plain_learning_rate: Option<f64>,
+    /// Decay rates of the two moments. Default [0.9, 0.999].
+    pub betas: [f64; 2],
+    /// Added to the root of the second moment. Default 1e-8.
+    pub eps: f64,
+    /// Share of the learning rate by which the weights go back to where they started in each step. Default 0.
+    pub weight_decay: f64,
+    /// Regular expressions of parameters that are not decayed. Default none.
+    pub no_decay: Vec<String>,
+    /// Which linear layers are managed. Default `"all-linear"`.
+    pub target_modules: TargetModules,
+    /// Layers to leave out. Default none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub exclude_modules: Option<TargetModules>,
+    /// Trained numbers in all. Default 1000.
+    pub dims: usize,
+    /// Give every matrix a trained factor of its own (SAID), out of `dims`. Default false (DID).
+    pub said: bool,
+    /// Train all parameters that are no targets with plain AdamW. Default false: they are frozen.
+    pub train_rest: bool,
+}
+
+impl Default for IntrinsicConfig {
+    fn default() -> Self {
+        Self {
+            learning_rate: 1e-2,
+            plain_learning_rate: None,
+            betas: [0.9, 0.999],
+            eps: 1e-8,
+            weight_decay: 0.0,
+            no_decay: Vec::new(),
+            target_modules: TargetModules::default(),
+            exclude_modules: None,
+            dims: 1000,
+            said: false,
+            train_rest: false,
         }
     }
 }

@@ -5,22 +5,25 @@
 //! default is an `Option` and is left out of the resolved file while it is not set.
 //!
 //! The methods are externally tagged tables: `[adapter.lora]`, `[optimizer.adamw]`. A new method adds one row to
-//! [`AdapterConfig`] or [`OptimizerConfig`] (in `optimizer.rs`).
+//! [`AdapterConfig`] (in `adapter.rs`) or [`OptimizerConfig`] (in `optimizer.rs`).
 
-use std::collections::BTreeMap;
-use std::fmt;
 use std::path::PathBuf;
 
-use serde::de::{self, Deserializer, Visitor};
 use serde::{Deserialize, Serialize};
 
+use super::adapter::AdapterConfig;
+use super::calibration::CalibrationConfig;
+use super::classification::ClassificationConfig;
 use super::optimizer::OptimizerConfig;
+use super::quantization::QuantizationConfig;
 use crate::data::DataConfig;
 
 /// A whole run.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct RunConfig {
+    /// What the model learns to do. Default `causal_lm`.
+    pub task: Task,
     /// Folder of a Hugging Face checkpoint, or a hub id such as `HuggingFaceTB/SmolLM2-135M-Instruct`. Required.
     pub base_model: String,
     /// Where the weights of the base model come from. Default `pretrained`.
@@ -40,6 +43,15 @@ pub struct RunConfig {
     /// What is trained beside the frozen base model. Without an `[adapter]` table every weight is trained.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub adapter: Option<AdapterConfig>,
+    /// How the frozen weights are held in fewer bits. Without a `[quantization]` table they have the type `dtype`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub quantization: Option<QuantizationConfig>,
+    /// What an adapter's start is measured on. Only for methods that need it, and there by default.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub calibration: Option<CalibrationConfig>,
+    /// What labels are. Only for classification, and there by default.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub classification: Option<ClassificationConfig>,
     /// How gradients become updates. Default `[optimizer.adamw]`.
     pub optimizer: OptimizerConfig,
     /// What is trained on.
@@ -55,6 +67,7 @@ pub struct RunConfig {
 impl Default for RunConfig {
     fn default() -> Self {
         Self {
+            task: Task::default(),
             base_model: String::new(),
             init: Init::default(),
             output_dir: PathBuf::new(),
@@ -63,11 +76,38 @@ impl Default for RunConfig {
             seed: 42,
             init_adapter: None,
             adapter: None,
+            quantization: None,
+            calibration: None,
+            classification: None,
             optimizer: OptimizerConfig::default(),
             data: DataConfig::default(),
             training: TrainingConfig::default(),
             logging: LoggingConfig::default(),
             evaluation: EvaluationConfig::default(),
+        }
+    }
+}
+
+/// What a model learns to do.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Task {
+    /// Predict the next token of a text.
+    #[default]
+    CausalLm,
+    /// Tell the class of a text, or of a pair of texts, or a number (BERT, RoBERTa).
+    SequenceClassification,
+    /// Tell the class of an image (ViT).
+    ImageClassification,
+}
+
+impl Task {
+    /// The word in the file.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::CausalLm => "causal_lm",
+            Self::SequenceClassification => "sequence_classification",
+            Self::ImageClassification => "image_classification",
         }
     }
 }
@@ -96,72 +136,6 @@ pub enum Dtype {
     F16,
 }
 
-/// The list of adapter methods; a method adds a row.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum AdapterConfig {
-    /// `[adapter.lora]`
-    Lora(LoraConfig),
-}
-
-/// `[adapter.lora]`: `y = x W + s (D(x) A) B`, with `s = lora_alpha / r`. Names are those of PEFT's `LoraConfig`.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields)]
-pub struct LoraConfig {
-    /// Rank of the update. Default 8.
-    pub r: usize,
-    /// Numerator of the scale. Default 8.
-    pub lora_alpha: f64,
-    /// Scale by `lora_alpha / sqrt(r)` instead of `lora_alpha / r`. Default false.
-    pub use_rslora: bool,
-    /// Probability that an input of the adapter is dropped while training. Default 0.
-    pub lora_dropout: f64,
-    /// How A starts; B always starts at zero. Default `"default"`.
-    pub init_lora_weights: InitLoraWeights,
-    /// Which linear layers get an adapter. Default `"all-linear"`.
-    pub target_modules: TargetModules,
-    /// Layers to leave out: names, or one regular expression for the whole name. Default none.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub exclude_modules: Option<TargetModules>,
-    /// Numbers of the blocks that get adapters. Default all.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub layers_to_transform: Option<Vec<usize>>,
-    /// Modules outside the targets that are trained whole and saved with the adapter, such as `lm_head`. Default none.
-    pub modules_to_save: Vec<String>,
-    /// LoRA+: learning rate of B over that of A. Default: one rate for both.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub loraplus_lr_ratio: Option<f64>,
-    /// LoRA+: learning rate of embedding adapters. Default: that of A. Only with `loraplus_lr_ratio`.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub loraplus_lr_embedding: Option<f64>,
-    /// Other ranks for some layers: name or regular expression = rank. Default none.
-    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
-    pub rank_pattern: BTreeMap<String, usize>,
-    /// Other values of `lora_alpha` for some layers: name or regular expression = alpha. Default none.
-    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
-    pub alpha_pattern: BTreeMap<String, f64>,
-}
-
-impl Default for LoraConfig {
-    fn default() -> Self {
-        Self {
-            r: 8,
-            lora_alpha: 8.0,
-            use_rslora: false,
-            lora_dropout: 0.0,
-            init_lora_weights: InitLoraWeights::default(),
-            target_modules: TargetModules::default(),
-            exclude_modules: None,
-            layers_to_transform: None,
-            modules_to_save: Vec::new(),
-            loraplus_lr_ratio: None,
-            loraplus_lr_embedding: None,
-            rank_pattern: BTreeMap::new(),
-            alpha_pattern: BTreeMap::new(),
-        }
-    }
-}
-
 /// Layers by name.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(untagged, expecting = "expected a list of names, or a string: \"all-linear\" or one regular expression")]
@@ -180,45 +154,6 @@ impl TargetModules {
 impl Default for TargetModules {
     fn default() -> Self {
         Self::Pattern(Self::ALL_LINEAR.to_owned())
-    }
-}
-
-/// How the input factor of a LoRA starts.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "snake_case")]
-pub enum InitLoraWeights {
-    /// `"default"`, or `true` as in PEFT: uniform Kaiming with a = sqrt(5).
-    #[default]
-    Default,
-    /// `"gaussian"`: normal with standard deviation 1 / r.
-    Gaussian,
-}
-
-impl<'de> Deserialize<'de> for InitLoraWeights {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        deserializer.deserialize_any(InitLoraWeightsVisitor)
-    }
-}
-
-struct InitLoraWeightsVisitor;
-
-impl Visitor<'_> for InitLoraWeightsVisitor {
-    type Value = InitLoraWeights;
-
-    fn expecting(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        formatter.write_str("\"default\" (or true) or \"gaussian\"")
-    }
-
-    fn visit_bool<E: de::Error>(self, value: bool) -> Result<InitLoraWeights, E> {
-        if value { Ok(InitLoraWeights::Default) } else { Err(E::invalid_value(de::Unexpected::Bool(value), &self)) }
-    }
-
-    fn visit_str<E: de::Error>(self, value: &str) -> Result<InitLoraWeights, E> {
-        match value {
-            "default" => Ok(InitLoraWeights::Default),
-            "gaussian" => Ok(InitLoraWeights::Gaussian),
-            _ => Err(E::invalid_value(de::Unexpected::Str(value), &self)),
-        }
     }
 }
 

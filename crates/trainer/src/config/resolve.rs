@@ -5,6 +5,7 @@ use std::path::Path;
 use serde::Deserialize;
 use toml::de::{DeTable, DeValue};
 
+use super::adapter::AdapterConfig;
 use super::check;
 use super::key_error::{Origins, structure_problem, syntax_problem};
 use super::raw::RunConfig;
@@ -48,7 +49,7 @@ pub fn load_for(purpose: Purpose, path: &Path, sets: &[String]) -> Result<RunCon
     }
 }
 
-fn read_text(path: &Path) -> Result<String, Problem> {
+pub(crate) fn read_text(path: &Path) -> Result<String, Problem> {
     let shown = path.display();
     if path.is_dir() {
         return Err(Problem::config(format!("{shown} is a folder, expected a configuration file"))
@@ -69,7 +70,7 @@ fn read_text(path: &Path) -> Result<String, Problem> {
 
 /// Reads the text of a file named `file` and lays the overrides over it. Only the structure is checked.
 pub(super) fn parse(file: &str, text: &str, sets: &[String]) -> Result<RunConfig, Problem> {
-    let mut origins = Origins { file: file.to_owned(), text, sets: Vec::new() };
+    let mut origins = Origins { file: file.to_owned(), text, files: Vec::new(), sets: Vec::new() };
     let mut document = DeTable::parse(text).map_err(|error| syntax_problem(&error, &origins))?;
 
     // Every override is a small document whose text is moved behind all earlier text, so that a position in an error
@@ -88,8 +89,12 @@ pub(super) fn parse(file: &str, text: &str, sets: &[String]) -> Result<RunConfig
     }
 
     let table = document.get_ref().clone();
-    RunConfig::deserialize(toml::Deserializer::from(document))
-        .map_err(|error| structure_problem(&error, &table, &origins))
+    let mut config = RunConfig::deserialize(toml::Deserializer::from(document))
+        .map_err(|error| structure_problem(&error, &table, &origins))?;
+    if config.adapter.as_ref().is_some_and(AdapterConfig::calibrates) {
+        config.calibration.get_or_insert_default(); // so that the resolved file shows it
+    }
+    Ok(config)
 }
 
 /// The TOML document of one `--set key=value`, behind `address` spaces. A bare word becomes a string.
@@ -115,7 +120,7 @@ fn set_document(set: &str, address: usize) -> Result<String, Problem> {
 }
 
 /// Puts every value of `above` into `below`. Tables are joined, anything else is replaced.
-fn lay_over<'a>(below: &mut DeTable<'a>, above: DeTable<'a>) {
+pub(crate) fn lay_over<'a>(below: &mut DeTable<'a>, above: DeTable<'a>) {
     for (key, value) in above {
         if let Some(old) = below.get_mut(key.get_ref().as_ref())
             && let DeValue::Table(old_table) = old.get_mut()

@@ -3,8 +3,9 @@
 
 use std::path::PathBuf;
 
+use super::super::calibration::CalibrationConfig;
 use super::super::optimizer::{AdamWConfig, OptimizerConfig};
-use super::super::raw::{AdapterConfig, Dtype, Init, ResumeFrom, TargetModules};
+use super::super::raw::{Dtype, Init, ResumeFrom, TargetModules};
 use super::*;
 use crate::error::report;
 
@@ -65,6 +66,43 @@ fn a_model_can_start_from_nothing_on_streamed_text() {
 }
 
 #[test]
+fn keys_of_another_task_are_named() {
+    let problems = |overrides: &[&str]| {
+        let config = parse("run.toml", GOOD, &sets(overrides)).unwrap();
+        check::problems(&config, Purpose::Train)
+    };
+    assert_eq!(problems(&["task=sequence_classification"]), Vec::<String>::new());
+    assert_eq!(
+        problems(&["classification.regression=true"]),
+        [
+            "[classification] is set, but task is \"causal_lm\": set task = \"sequence_classification\" or \"image_classification\""
+        ]
+    );
+    let wrong = [
+        "task=sequence_classification",
+        "classification={ labels = [\"a\", \"b\"], regression = true, random_flip = true }",
+        "data.train_on_inputs=true",
+        "evaluation.num_samples=3",
+    ];
+    let foreign = |key: &str| {
+        format!(
+            "{key} is set, but task = \"sequence_classification\" has no use for it: it belongs to task = \"causal_lm\""
+        )
+    };
+    assert_eq!(
+        problems(&wrong),
+        [
+            "classification.regression is true, but classification.labels names several classes: keep one".to_owned(),
+            "classification.random_flip is true, but only images can be mirrored".to_owned(),
+            foreign("data.train_on_inputs"),
+            foreign("evaluation.num_samples"),
+        ]
+    );
+    let text = failure(GOOD, &["task=translation"]);
+    assert!(text.contains("translation") && text.contains("sequence_classification"), "{text}");
+}
+
+#[test]
 fn a_file_and_overrides_become_one_configuration() {
     let config = good(&[
         "optimizer.adamw.learning_rate=5e-5",
@@ -120,6 +158,17 @@ fn the_resolved_text_reads_back_as_the_same_configuration() {
     assert_eq!(value["training"]["save_steps"].as_integer(), Some(500));
 }
 
+/// What an adapter is measured on is shown where it counts.
+#[test]
+fn calibration_is_there_where_a_method_needs_it() {
+    let with = |table: &str| parse("run.toml", &GOOD.replace("[adapter.lora]", table), &[]).unwrap();
+    assert_eq!(with("[adapter.lora]").calibration, None);
+    assert_eq!(with("[adapter.corda]").calibration, Some(CalibrationConfig::default()));
+    let text = resolved_toml(&with("[adapter.lora_sb]"), "CPU").unwrap();
+    assert!(text.contains("\n[calibration]\nsamples = 64\nbatch_size = 1\ncache = true\n"), "{text}");
+    assert_eq!(parse("config.toml", &text, &[]).unwrap(), with("[adapter.lora_sb]"));
+}
+
 #[test]
 fn a_missing_file_and_a_folder() {
     let error = load(&PathBuf::from("no/such.toml"), &[]).unwrap_err();
@@ -163,7 +212,7 @@ fn unknown_keys_name_the_valid_ones() {
     );
     assert_eq!(
         failure("sed = 1", &[]),
-        "run.toml, line 1, column 1: unknown key `sed` at the top level\n  1 | sed = 1\n\nhint: did you mean `seed`? Valid keys here: base_model, init, output_dir, device, dtype, seed, init_adapter, adapter, optimizer, data, training, logging, evaluation"
+        "run.toml, line 1, column 1: unknown key `sed` at the top level\n  1 | sed = 1\n\nhint: did you mean `seed`? Valid keys here: task, base_model, init, output_dir, device, dtype, seed, init_adapter, adapter, quantization, calibration, classification, optimizer, data, training, logging, evaluation"
     );
     assert_eq!(
         failure(GOOD, &["seed=1", "logging.momentum=3"]),
@@ -175,7 +224,7 @@ fn unknown_keys_name_the_valid_ones() {
 fn unknown_methods_and_values() {
     assert_eq!(
         failure("[adapter.loar]\nr = 1", &[]),
-        "run.toml, line 1, column 10: unknown method `loar` in [adapter]\n  1 | [adapter.loar]\n\nhint: did you mean `lora`? Valid values here: lora"
+        "run.toml, line 1, column 10: unknown method `loar` in [adapter]\n  1 | [adapter.loar]\n\nhint: did you mean `lora`? Valid values here: lora, dora, pissa, olora, corda, eora, lora_xs, lora_sb, svfit, vera, randlora, tucker, hra, oft"
     );
     assert_eq!(
         failure(GOOD, &["training.lr_scheduler=cosin"]),
