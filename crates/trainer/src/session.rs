@@ -3,16 +3,21 @@
 use std::path::{Path, PathBuf};
 
 use burn::tensor::FloatDType;
-use lowrank_models::adapters::{self, Attached};
-use lowrank_models::hf::peft::{InitLoraWeights as PeftInit, ModulePattern, Modules};
+use lowrank_core::quant::Quantisation;
+use lowrank_kernels::packed::Format;
+use lowrank_models::adapters::Attached;
+use lowrank_models::hf::peft::Modules;
 use lowrank_models::hf::{self, ChatTemplate, Dtype as FileDtype, Tokenizer};
-use lowrank_models::{Decoder, load, parameters};
+use lowrank_models::{Decoder, Network, load, parameters};
 
-use crate::config::{AdapterConfig, Dtype, Init, InitLoraWeights, LoraConfig, ProgressStyle, RunConfig, TargetModules};
+use crate::attach;
+use crate::calibrate::Measured;
+use crate::causal;
+use crate::config::{AdapterConfig, Dtype, Init, ProgressStyle, QuantizationConfig, RunConfig, TargetModules};
 use crate::data::Encoder;
 use crate::device::{self, ChosenDevice};
 use crate::error::Problem;
-use crate::progress::Phase;
+use crate::progress::{Phase, bytes_text};
 
 /// An adapter on the model.
 #[derive(Clone, Debug)]
@@ -51,7 +56,7 @@ impl Session {
     /// # Errors
     /// No such device or model; files that do not fit.
     pub fn open(base_model: &str, device: &str, dtype: Dtype, style: ProgressStyle) -> Result<Self, Problem> {
-        Self::open_as(base_model, device, dtype, style, None)
+        Self::open_as(base_model, device, dtype, style, None, None)
     }
 
     /// As [`Session::open`]; with a seed, the weights are random and the folder needs none.
@@ -61,6 +66,7 @@ impl Session {
         dtype: Dtype,
         style: ProgressStyle,
         random: Option<u64>,
+        quantization: Option<&QuantizationConfig>,
     ) -> Result<Self, Problem> {
         let device = device::choose(device)?;
         let compute = device::compute_type(dtype, &device)?;
@@ -82,7 +88,7 @@ impl Session {
             ChatTemplate::from_folder(&folder).map_err(|error| run_problem("cannot load the chat template", error))?;
         let decoder = match random {
             Some(seed) => random_model(&folder, compute, &device, style, seed)?,
-            None => load_model(&folder, compute, &device, style)?,
+            None => load_model(&folder, compute, &device, style, quantization)?,
         };
         let tokenizer = tokenizer
             .for_model(decoder.config.vocab_size)
@@ -90,36 +96,71 @@ impl Session {
         Ok(Self { device, folder, decoder, tokenizer, chat, adapter: None })
     }
 
-    /// The session of a training run: base model, then a fresh adapter, a stored one, or none and everything trained.
+    /// The session of a training run: base model, then a fresh adapter, a stored one, or none and everything trained. A run that
+    /// goes on from a checkpoint takes the adapter from there where its start looked at the weights.
     ///
     /// # Errors
-    /// As [`Session::open`]; an adapter that does not fit.
-    pub fn for_training(config: &RunConfig) -> Result<Self, Problem> {
-        let random = (config.init == Init::Random).then_some(config.seed);
-        let style = config.logging.progress;
-        let mut session = Self::open_as(&config.base_model, &config.device, config.dtype, style, random)?;
+    /// As [`Session::open`]; an adapter that does not fit; data that cannot be read for a calibration.
+    pub fn for_training(config: &RunConfig, checkpoint: Option<&Path>) -> Result<Self, Problem> {
         match (&config.init_adapter, &config.adapter) {
-            (Some(folder), wanted) => {
-                session.load_adapter(folder)?;
-                if let (Some(AdapterConfig::Lora(wanted)), Some(adapter)) = (wanted, &mut session.adapter) {
-                    adapter.config.lora_dropout = wanted.lora_dropout;
-                    set_dropout(&mut session.decoder, wanted.lora_dropout);
-                }
-            }
-            (None, Some(AdapterConfig::Lora(lora))) => session.attach(lora, config.seed)?,
+            (Some(folder), wanted) => Self::going_on(config, folder, wanted.as_ref()),
+            (None, Some(adapter)) => Self::adapted(config, adapter, checkpoint),
             (None, None) => {
+                let mut session = Self::base(config, true)?;
                 session.decoder = parameters::set_trained(session.decoder, |_| Some(true));
+                Ok(session)
+            }
+        }
+    }
+
+    /// The base model of a run, quantised as it says or not.
+    fn base(config: &RunConfig, quantised: bool) -> Result<Self, Problem> {
+        let random = (config.init == Init::Random).then_some(config.seed);
+        let quantization = config.quantization.as_ref().filter(|_| quantised);
+        let style = config.logging.progress;
+        Self::open_as(&config.base_model, &config.device, config.dtype, style, random, quantization)
+    }
+
+    fn going_on(config: &RunConfig, folder: &Path, wanted: Option<&AdapterConfig>) -> Result<Self, Problem> {
+        let mut session = Self::base(config, true)?;
+        session.load_adapter(folder)?;
+        if let (Some(wanted), Some(adapter)) = (wanted, &mut session.adapter) {
+            check_method(folder, wanted, &adapter.config)?;
+            if let Some((_, dropout)) = wanted.common().dropout {
+                adapter.config.lora_dropout = dropout;
+                set_dropout(&mut session.decoder, dropout);
             }
         }
         Ok(session)
     }
 
-    fn attach(&mut self, lora: &LoraConfig, seed: u64) -> Result<(), Problem> {
-        let config = peft_config(lora)?;
-        let attached = adapters::attach_lora(&mut self.decoder, &config, seed)
-            .map_err(|error| Problem::config("[adapter.lora] does not fit the model").source(error))?;
-        self.adapter = Some(Adapter { config, attached });
-        Ok(())
+    fn adapted(config: &RunConfig, adapter: &AdapterConfig, checkpoint: Option<&Path>) -> Result<Self, Problem> {
+        let settings = attach::settings(config, adapter)?;
+        if let Some(checkpoint) = checkpoint.filter(|_| attach::starts_from_base(&settings.method)) {
+            let mut session = Self::base(config, true)?;
+            session.adapter = Some(attach::resumed(&mut session.decoder, &settings, checkpoint, &session.folder)?);
+            return Ok(session);
+        }
+        let (mut session, measured) = Self::calibrated(config, &settings)?;
+        let (folder, style) = (&session.folder, config.logging.progress);
+        session.adapter = Some(attach::fresh(&mut session.decoder, settings, &measured, folder, config.seed, style)?);
+        Ok(session)
+    }
+
+    /// The base model with what a calibration pass measured, where the adapter asks for one. It is measured on the model at full
+    /// precision, which is dropped before a quantised one is read.
+    fn calibrated(config: &RunConfig, settings: &hf::AdapterConfig) -> Result<(Self, Measured), Problem> {
+        let mut session = Self::base(config, !attach::needs_calibration(&settings.method))?;
+        let wanted = attach::wanted(&mut session.decoder, settings);
+        if wanted.is_empty() {
+            return Ok((session, Measured::new()));
+        }
+        let measured = causal::calibrate(&mut session, config, &wanted)?;
+        if config.quantization.is_some() {
+            drop(session);
+            session = Self::base(config, true)?;
+        }
+        Ok((session, measured))
     }
 
     /// Attaches the adapter of a PEFT folder.
@@ -127,14 +168,7 @@ impl Session {
     /// # Errors
     /// It is missing, damaged, or does not fit.
     pub fn load_adapter(&mut self, folder: &Path) -> Result<(), Problem> {
-        let (config, attached) = adapters::load_adapter(&mut self.decoder, folder).map_err(|error| {
-            let what = format!("cannot use the adapter {}", folder.display());
-            match folder.join("adapter_config.json").is_file() {
-                true => Problem::run(what).source(error),
-                false => Problem::config(what).source(error), // the folder was named wrongly
-            }
-        })?;
-        self.adapter = Some(Adapter { config, attached });
+        self.adapter = Some(attach::stored(&mut self.decoder, folder, &self.folder)?);
         Ok(())
     }
 
@@ -144,17 +178,80 @@ impl Session {
     }
 }
 
+/// The table of the run must be that of the adapter it goes on from.
+pub(crate) fn check_method(folder: &Path, wanted: &AdapterConfig, held: &hf::AdapterConfig) -> Result<(), Problem> {
+    let (wanted, held) = (wanted.common().key, held.method.name());
+    if wanted == held {
+        return Ok(());
+    }
+    let what =
+        format!("init_adapter = \"{}\" holds a {held} adapter, but the table is [adapter.{wanted}]", folder.display());
+    Err(Problem::config(what).hint(format!("write [adapter.{held}], or leave the table out")))
+}
+
 fn load_model(
     folder: &Path,
     compute: FloatDType,
     device: &ChosenDevice,
     style: ProgressStyle,
+    quantization: Option<&QuantizationConfig>,
 ) -> Result<Decoder, Problem> {
+    let targets = quantization.map(quantized_modules).transpose()?;
+    let form = quantization.map(quantisation);
+    let quantise = |module: &str| form.filter(|_| targets.as_ref().is_some_and(|targets| targets.targets(module)));
     let phase = Phase::start(style, format!("loading {}", folder.display()));
-    let decoder =
-        load::load(folder, compute, &device.device, &mut |_, done, total| phase.update(done as u64, total as u64));
+    let decoder = load::load_quantised(folder, compute, &quantise, &device.device, &mut |_, done, total| {
+        phase.update(done as u64, total as u64)
+    });
     phase.finish();
-    decoder.map_err(|error| run_problem(&format!("cannot load the model in {}", folder.display()), error))
+    let decoder =
+        decoder.map_err(|error| run_problem(&format!("cannot load the model in {}", folder.display()), error))?;
+    if let Some(quantization) = quantization {
+        announce_quantised(&decoder, quantization)?;
+    }
+    Ok(decoder)
+}
+
+/// The layers that a run quantises, by the same rules as for adapters.
+pub(crate) fn quantized_modules(quantization: &QuantizationConfig) -> Result<hf::AdapterConfig, Problem> {
+    let key = format!("quantization.{}.target_modules", quantization.key());
+    let modules = match quantization.target_modules() {
+        TargetModules::Pattern(text) => {
+            Modules::from_text(text).map_err(|reason| Problem::config(format!("{key} = \"{text}\": {reason}")))?
+        }
+        TargetModules::Names(names) => Modules::Names(names.clone()),
+    };
+    Ok(hf::AdapterConfig::new(1, 1.0, modules))
+}
+
+fn quantisation(quantization: &QuantizationConfig) -> Quantisation {
+    let (_, block) = quantization.group();
+    match quantization {
+        QuantizationConfig::Nf4(table) => Quantisation { format: Format::Nf4, block, double: table.double_quant },
+        QuantizationConfig::Int8(_) => Quantisation { format: Format::Int8, block, double: false },
+        QuantizationConfig::Int4(_) => Quantisation { format: Format::Int4, block, double: false },
+    }
+}
+
+/// Tells what the packed layers take, or that there is none.
+fn announce_quantised(decoder: &Decoder, quantization: &QuantizationConfig) -> Result<(), Problem> {
+    let (mut layers, mut values, mut bytes) = (0, 0, 0);
+    let mut decoder = decoder.clone();
+    decoder.for_each_projection(&mut |_, projection| {
+        if projection.weight.is_quantised() {
+            layers += 1;
+            values += projection.dims().iter().product::<usize>();
+            bytes += projection.weight.bytes();
+        }
+    });
+    let key = quantization.key();
+    if layers == 0 {
+        return Err(Problem::config(format!("quantization.{key}.target_modules match no linear layer of the model"))
+            .hint("use \"all-linear\" or names such as q_proj"));
+    }
+    let bits = 8.0 * bytes as f64 / values as f64;
+    tracing::info!("{layers} layers are held in {key}: {}, {bits:.3} bits a value", bytes_text(bytes as u64));
+    Ok(())
 }
 
 /// A model of which only `config.json` is read; the weights follow from the seed.
@@ -172,51 +269,12 @@ fn random_model(
 }
 
 /// Gives every delta of the blocks this dropout.
-fn set_dropout(decoder: &mut Decoder, dropout: f64) {
-    adapters::for_each_projection(decoder, |_, projection| {
+pub(crate) fn set_dropout<M: Network>(model: &mut M, dropout: f64) {
+    model.for_each_projection(&mut |_, projection| {
         if let Some(delta) = &mut projection.delta {
-            delta.dropout = dropout;
+            delta.set_dropout(dropout);
         }
     });
-}
-
-fn modules(wanted: &TargetModules, key: &str) -> Result<Modules, Problem> {
-    match wanted {
-        TargetModules::Pattern(text) => Modules::from_text(text)
-            .map_err(|reason| Problem::config(format!("adapter.lora.{key} = \"{text}\": {reason}"))),
-        TargetModules::Names(names) => Ok(Modules::Names(names.clone())),
-    }
-}
-
-fn pattern(text: &str, make: fn(&str) -> Result<ModulePattern, String>, key: &str) -> Result<ModulePattern, Problem> {
-    make(text).map_err(|reason| Problem::config(format!("adapter.lora.{key}: \"{text}\": {reason}")))
-}
-
-/// The configuration of an adapter in peft's terms.
-///
-/// # Errors
-/// A pattern that is no regular expression.
-pub fn peft_config(lora: &LoraConfig) -> Result<hf::AdapterConfig, Problem> {
-    let mut config = hf::AdapterConfig::new(lora.r, lora.lora_alpha, modules(&lora.target_modules, "target_modules")?);
-    config.lora_dropout = lora.lora_dropout;
-    config.use_rslora = lora.use_rslora;
-    config.exclude_modules =
-        lora.exclude_modules.as_ref().map(|wanted| modules(wanted, "exclude_modules")).transpose()?;
-    for (text, &rank) in &lora.rank_pattern {
-        config.rank_pattern.push((pattern(text, ModulePattern::ending, "rank_pattern")?, rank));
-    }
-    for (text, &alpha) in &lora.alpha_pattern {
-        config.alpha_pattern.push((pattern(text, ModulePattern::ending, "alpha_pattern")?, alpha));
-    }
-    for text in &lora.modules_to_save {
-        config.modules_to_save.push(pattern(text, ModulePattern::part, "modules_to_save")?);
-    }
-    config.layers_to_transform = lora.layers_to_transform.clone().unwrap_or_default();
-    config.init_lora_weights = match lora.init_lora_weights {
-        InitLoraWeights::Default => PeftInit::Default,
-        InitLoraWeights::Gaussian => PeftInit::Named("gaussian".to_owned()),
-    };
-    Ok(config)
 }
 
 /// The type of written weights.

@@ -1,0 +1,156 @@
+//! The adapter of a run on its model: settings, calibration, start, or what a checkpoint holds.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use burn::tensor::{Device, Tensor, TensorData};
+use lowrank_core::calibration::{Covariance, Wanted};
+use lowrank_models::adapters::{self, AdapterError, Fresh};
+use lowrank_models::hf::peft::MethodConfig;
+use lowrank_models::hf::{self, Checkpoint, HfError};
+use lowrank_models::network::Network;
+
+use crate::adapter::{first_step, peft_config};
+use crate::calibrate::Measured;
+use crate::config::{AdapterConfig, ProgressStyle, RunConfig};
+use crate::error::Problem;
+use crate::progress::Phase;
+use crate::session::Adapter;
+
+/// The settings of a run's fresh adapter: shared random bases follow from the run's seed, and LoRA-SB's first step from the
+/// learning rate where none is given.
+///
+/// # Errors
+/// A pattern that is no regular expression.
+pub fn settings(config: &RunConfig, adapter: &AdapterConfig) -> Result<hf::AdapterConfig, Problem> {
+    let mut settings = peft_config(adapter)?;
+    match &mut settings.method {
+        MethodConfig::Vera { projection_prng_key, .. } | MethodConfig::RandLora { projection_prng_key, .. } => {
+            *projection_prng_key = config.seed;
+        }
+        MethodConfig::LoraSb { eta: eta @ None } => {
+            let warmup = config.training.max_steps.map_or(0, |steps| config.training.warmup(steps));
+            *eta = Some(first_step(config.optimizer.common().learning_rate, warmup));
+        }
+        _ => {}
+    }
+    Ok(settings)
+}
+
+/// What a calibration pass must measure for this adapter, by module; nothing for most methods.
+pub fn wanted<M: Network>(model: &mut M, settings: &hf::AdapterConfig) -> BTreeMap<String, Wanted> {
+    let wanted = match &settings.method {
+        MethodConfig::Corda { .. } => Wanted { covariance: Some(Covariance::MeanOfSequences), gradient: false },
+        MethodConfig::Eora { .. } => Wanted { covariance: Some(Covariance::Sum), gradient: false },
+        MethodConfig::LoraSb { .. } => Wanted { covariance: None, gradient: true },
+        _ => return BTreeMap::new(),
+    };
+    adapters::targets(model, settings).into_iter().map(|(module, _)| (module, wanted)).collect()
+}
+
+/// Whether a fresh start needs a calibration pass.
+pub fn needs_calibration(method: &MethodConfig) -> bool {
+    matches!(method, MethodConfig::Corda { .. } | MethodConfig::Eora { .. } | MethodConfig::LoraSb { .. })
+}
+
+/// Whether a fresh start depends on the weights of the base: a resumed run then takes the adapter of its checkpoint instead of
+/// decomposing (and calibrating) again.
+pub fn starts_from_base(method: &MethodConfig) -> bool {
+    use MethodConfig as M;
+    match method {
+        M::Pissa { .. } | M::Olora | M::Corda { .. } | M::Eora { .. } | M::LoraXs | M::LoraSb { .. } | M::Svfit => true,
+        M::Lora | M::Dora | M::Vera { .. } | M::RandLora { .. } | M::Tucker { .. } | M::Hra { .. } | M::Oft { .. } => {
+            false
+        }
+    }
+}
+
+/// Attaches a fresh adapter. `folder` holds the checkpoint of the base model.
+///
+/// # Errors
+/// The adapter does not fit the model, or cannot start on one of its layers.
+pub fn fresh<M: Network>(
+    model: &mut M,
+    settings: hf::AdapterConfig,
+    measured: &Measured,
+    folder: &Path,
+    seed: u64,
+    style: ProgressStyle,
+) -> Result<Adapter, Problem> {
+    let name = settings.method.name();
+    let device = model.device();
+    let phase =
+        starts_from_base(&settings.method).then(|| Phase::start(style, format!("starting {name} from the weights")));
+    let fresh = Fresh {
+        seed,
+        statistics: measured,
+        original: &mut |module| original(folder, module, &device),
+        progress: &mut |_, done, total| phase.iter().for_each(|phase| phase.update(done as u64, total as u64)),
+    };
+    let attached = adapters::attach(model, &settings, fresh);
+    if let Some(phase) = phase {
+        phase.finish();
+    }
+    let what = || format!("[adapter.{name}] does not fit the model");
+    let attached = attached.map_err(|error| Problem::config(what()).source(error))?;
+    Ok(Adapter { config: settings, attached })
+}
+
+/// Attaches the adapter of a checkpoint that a run with these settings goes on from.
+///
+/// # Errors
+/// The folder does not fit the model, or holds another adapter than the run asks for.
+pub fn resumed<M: Network>(
+    model: &mut M,
+    settings: &hf::AdapterConfig,
+    checkpoint: &Path,
+    base: &Path,
+) -> Result<Adapter, Problem> {
+    let folder = checkpoint.join("adapter");
+    let adapter = stored(model, &folder, base)?;
+    let held = &adapter.config;
+    let of = |config: &hf::AdapterConfig| (config.method.name(), config.r, config.lora_alpha, config.use_rslora);
+    match of(held) == of(settings) {
+        true => Ok(Adapter {
+            // Names instead of patterns are the only difference: the run's own words are kept.
+            config: hf::AdapterConfig { method: held.method.clone(), ..settings.clone() },
+            attached: adapter.attached,
+        }),
+        false => Err(Problem::config(format!(
+            "{} holds a {} adapter with r = {} and alpha = {}, but the run asks for {} with r = {} and alpha = {}",
+            folder.display(),
+            held.method.name(),
+            held.r,
+            held.lora_alpha,
+            settings.method.name(),
+            settings.r,
+            settings.lora_alpha
+        ))
+        .hint("an adapter cannot change its start between two steps: begin another run in another output_dir")),
+    }
+}
+
+/// Attaches the adapter of a folder.
+///
+/// # Errors
+/// It is missing, damaged, or does not fit.
+pub fn stored<M: Network>(model: &mut M, folder: &Path, base: &Path) -> Result<Adapter, Problem> {
+    let device = model.device();
+    let loaded = adapters::load_adapter_over(model, folder, &mut |module| original(base, module, &device));
+    let (config, attached) = loaded.map_err(|error: AdapterError| {
+        let what = format!("cannot use the adapter {}", folder.display());
+        match folder.join("adapter_config.json").is_file() {
+            true => Problem::run(what).source(error),
+            false => Problem::config(what).source(error), // the folder was named wrongly
+        }
+    })?;
+    Ok(Adapter { config, attached })
+}
+
+/// The weight of a module as the checkpoint holds it, `[d_in, d_out]` in f32.
+fn original(folder: &Path, module: &str, device: &Device) -> Result<Tensor<2>, HfError> {
+    let checkpoint = Checkpoint::open(folder)?;
+    let view = checkpoint.get(&format!("{module}.weight"))?;
+    let [d_out, d_in] = [0, 1].map(|axis| view.shape.get(axis).copied().unwrap_or(1));
+    Ok(Tensor::<2>::from_data(TensorData::new(view.to_f32(), [d_out, d_in]), device).transpose())
+}
