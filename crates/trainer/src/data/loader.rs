@@ -235,7 +235,7 @@ impl Evaluation {
     }
 }
 
-fn check_sizes(config: &LoaderConfig) -> Result<(), DataError> {
+pub(super) fn check_sizes(config: &LoaderConfig) -> Result<(), DataError> {
     let sizes = [
         ("micro_batch_size", config.micro_batch_size),
         ("max_seq_length", config.max_seq_length),
@@ -262,7 +262,12 @@ fn check(config: &LoaderConfig, dataset: &Dataset) -> Result<(), DataError> {
 
 /// Refuses a saved position of other data or settings, with one line for each thing that decides the batches and
 /// differs.
-fn check_same(state: &LoaderState, data: &str, streaming: bool, config: &LoaderConfig) -> Result<(), DataError> {
+pub(super) fn check_same(
+    state: &LoaderState,
+    data: &str,
+    streaming: bool,
+    config: &LoaderConfig,
+) -> Result<(), DataError> {
     let LoaderConfig { micro_batch_size, max_seq_length, packing, shuffle, seed, pad_id, pad_to_multiple_of } =
         &state.config;
     let short = |fingerprint: &str| fingerprint.chars().take(12).collect::<String>();

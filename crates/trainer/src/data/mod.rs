@@ -8,32 +8,48 @@
 //! | [`cache`] | the result of tokenisation on disk, keyed by content |
 //! | [`packing`] | which documents share a row, which rows share a batch |
 //! | [`loader`] | batches without end, with a position that can be saved and resumed exactly |
+//! | [`labelled`], [`table`], [`images`], [`pictures`], [`classes`] | texts and images with labels, for classification |
+//! | [`examples`], [`class_loader`] | the same as batches |
 //! | [`corpus`], [`stream`] | `streaming = true`: plain text of any size, read, tokenised and packed while training |
 //!
 //! [`prepare`] does all of it for a run; [`load`] for one list of files.
 
 pub mod cache;
+pub mod class_loader;
+#[cfg(test)]
+mod class_tests;
+pub mod classes;
 pub mod corpus;
 pub mod error;
+pub mod examples;
+pub mod images;
 #[cfg(test)]
 mod input_tests;
+pub mod labelled;
 pub mod loader;
 #[cfg(test)]
 mod loader_tests;
 mod messages;
 pub mod packing;
+pub mod pictures;
 pub mod record;
+pub mod resample;
 pub mod source;
 pub mod store;
 pub mod stream;
+pub mod table;
 #[cfg(test)]
 mod testing;
 pub mod tokenize;
 
 pub use cache::default_cache_folder;
+pub use class_loader::{LabelledEvaluation, LabelledLoader};
+pub use classes::LabelRules;
 pub use corpus::{Corpus, StreamPosition, TextFiles};
 pub use error::DataError;
+pub use examples::{Examples, LabelledData, prepare_images, prepare_texts};
 pub use loader::{Evaluation, Loader, LoaderConfig, LoaderState};
+pub use pictures::ImageRules;
 pub use record::{Located, Prompt, Record, read_records};
 pub use store::{Dataset, ReadReport, Statistics};
 pub use tokenize::Encoder;
@@ -52,7 +68,8 @@ const LONGEST_ROW: usize = 1 << 20;
 #[serde(default, deny_unknown_fields)]
 pub struct DataConfig {
     /// What to train on: a path, a list of paths, or a hub data set as `owner/name` or `owner/name:train/*.parquet`.
-    /// Required for training. The end of the name tells the kind: `.jsonl`, `.ndjson`, `.json`, `.parquet`, `.txt`.
+    /// Required for training. The end of the name tells the kind: `.jsonl`, `.ndjson`, `.json`, `.parquet`, `.txt`; of labelled
+    /// texts also `.csv`, `.tsv`. Images: a folder that holds a folder of `.png` or `.jpg` files for each class.
     pub train: Paths,
     /// What to evaluate on, in the same form. Default none.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -79,7 +96,8 @@ pub struct DataConfig {
     pub pad_to_multiple_of: usize,
     /// Keep tokenised data on disk for the next run. Default true.
     pub cache: bool,
-    /// Field names that differ, as `{ prompt = "question", completion = "answer" }`. Default none.
+    /// Field names that differ, as `{ prompt = "question", completion = "answer" }`; of labelled texts `text`, `text_pair` and
+    /// `label`. Default none.
     pub fields: BTreeMap<String, String>,
 }
 
@@ -198,9 +216,9 @@ impl DataConfig {
             problems.extend(self.streaming_problems());
         }
         for (name, column) in &self.fields {
-            if !record::FIELDS.contains(&name.as_str()) {
-                problems
-                    .push(("fields", format!("has no field `{name}`; the fields are {}", record::FIELDS.join(", "))));
+            let known: Vec<&str> = record::FIELDS.iter().chain(&labelled::FIELDS[1..]).copied().collect();
+            if !known.contains(&name.as_str()) {
+                problems.push(("fields", format!("has no field `{name}`; the fields are {}", known.join(", "))));
             }
             if column.is_empty() {
                 problems.push(("fields", format!("gives `{name}` an empty name")));

@@ -286,7 +286,7 @@ impl<'a> RecordReader<'a> {
 }
 
 /// Bytes to a JSON value; a text document becomes an object with that text.
-fn parse(raw: Raw, text_field: &str) -> Result<Value, BadRecord> {
+pub(super) fn parse(raw: Raw, text_field: &str) -> Result<Value, BadRecord> {
     match raw {
         Raw::Bad(bad) => Err(bad),
         Raw::Value(value) => Ok(value),

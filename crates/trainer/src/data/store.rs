@@ -247,6 +247,6 @@ fn fingerprint(tokens: &Tokens, documents: &[Document]) -> String {
     hexadecimal(&hash.finalize())
 }
 
-pub(super) fn hexadecimal(bytes: &[u8]) -> String {
+pub(crate) fn hexadecimal(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
