@@ -16,14 +16,14 @@ use std::path::Path;
 use burn::tensor::{Tensor, TensorData};
 use lowrank_core::lowrank::cast;
 use lowrank_core::optim::{self, Optimizer};
+use lowrank_models::adapters::AdapterError;
 use lowrank_models::hf::{Checkpoint, Dtype, OutTensor, write_safetensors};
 use lowrank_models::save::host_values;
-use lowrank_models::{Decoder, adapters, parameters};
+use lowrank_models::{Network, parameters};
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
-use crate::data::LoaderState;
 use crate::error::Problem;
-use crate::session::Adapter;
 
 /// A number that a checkpoint brings back to the bit. It is stored as text: JSON has no NaN, which the loss of a step that
 /// was left out may be.
@@ -60,6 +60,9 @@ pub struct Counters {
     pub eval_loss: Option<Exact>,
     /// Exact match of the last evaluation.
     pub exact_match: Option<Exact>,
+    /// Other scores of the last evaluation.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub scores: BTreeMap<String, Exact>,
     /// Lowest evaluation loss and its step.
     pub best: Option<(Exact, u64)>,
     /// Evaluations since the lowest.
@@ -67,10 +70,10 @@ pub struct Counters {
 }
 
 #[derive(Serialize, Deserialize)]
-struct State {
+struct State<L> {
     version: u32,
     counters: Counters,
-    loader: LoaderState,
+    loader: L,
     /// The optimiser's state of each parameter, but for the values.
     optimizer: BTreeMap<String, Parts>,
 }
@@ -98,23 +101,25 @@ fn matrix(name: String, value: Tensor<2>) -> OutTensor<'static> {
     })
 }
 
+/// Writes the adapter of the model into a folder.
+pub type WriteAdapter<'a> = dyn Fn(&Path) -> Result<(), AdapterError> + 'a;
+
 /// Writes all files into an open checkpoint folder.
 ///
 /// # Errors
 /// Anything the disk refuses.
-pub fn write(
+pub fn write<M: Network, L: Serialize>(
     folder: &Path,
-    decoder: &Decoder,
-    adapter: Option<&Adapter>,
-    base_model: &str,
+    model: &M,
+    write_adapter: Option<&WriteAdapter<'_>>,
     optimizer: &Optimizer,
     counters: &Counters,
-    loader: LoaderState,
+    loader: L,
     config_text: &str,
 ) -> Result<(), Problem> {
     let failed = |error| cannot("write", folder).source(error);
     let mut values = vec![];
-    parameters::visit(decoder, "", |entry| {
+    parameters::visit(model, "", |entry| {
         if entry.trained {
             values.push(matrix(entry.name.to_owned(), (entry.value)()));
         }
@@ -131,9 +136,8 @@ pub fn write(
         }));
     }
     write_safetensors(&folder.join("optimizer.safetensors"), values, &[]).map_err(failed)?;
-    if let Some(adapter) = adapter {
-        adapters::save_adapter(decoder, &adapter.config, &adapter.attached, base_model, &folder.join("adapter"))
-            .map_err(|error| cannot("write", folder).source(error))?;
+    if let Some(write_adapter) = write_adapter {
+        write_adapter(&folder.join("adapter")).map_err(|error| cannot("write", folder).source(error))?;
     }
     let state = State { version: VERSION, counters: counters.clone(), loader, optimizer: parts };
     let json = serde_json::to_vec_pretty(&state).map_err(|error| cannot("write", folder).source(error))?;
@@ -148,14 +152,14 @@ pub fn write(
 ///
 /// # Errors
 /// A file is missing or does not fit the model.
-pub fn read(
+pub fn read<M: Network, L: DeserializeOwned>(
     folder: &Path,
-    decoder: &mut Decoder,
+    model: &mut M,
     optimizer: &mut Optimizer,
-) -> Result<(Counters, LoaderState), Problem> {
+) -> Result<(Counters, L), Problem> {
     let text =
         std::fs::read_to_string(folder.join("state.json")).map_err(|error| cannot("read", folder).source(error))?;
-    let mut state: State = serde_json::from_str(&text).map_err(|error| cannot("read", folder).source(error))?;
+    let mut state: State<L> = serde_json::from_str(&text).map_err(|error| cannot("read", folder).source(error))?;
     if state.version != VERSION {
         return Err(
             cannot("read", folder).hint(format!("it has format {}, this program reads {VERSION}", state.version))
@@ -164,7 +168,7 @@ pub fn read(
     let failed = |error| cannot("read", folder).source(error);
     let stored = Checkpoint::open_file(&folder.join("parameters.safetensors")).map_err(failed)?;
     let moments = Checkpoint::open_file(&folder.join("optimizer.safetensors")).map_err(failed)?;
-    let device = decoder.device();
+    let device = model.device();
     let tensor = |file: &Checkpoint, name: &str, dims: [usize; 2]| -> Result<Tensor<2>, Problem> {
         let view = file.get(name).map_err(failed)?;
         if view.shape != dims {
@@ -174,7 +178,7 @@ pub fn read(
         }
         Ok(Tensor::from_data(TensorData::new(view.to_f32(), dims), &device))
     };
-    let trained: BTreeMap<String, Vec<usize>> = parameters::trained(decoder).into_iter().collect();
+    let trained: BTreeMap<String, Vec<usize>> = parameters::trained(model).into_iter().collect();
     let mut problem = None;
     let mut read_one = |name: &str, dims: [usize; 2]| -> Result<Tensor<2>, Problem> {
         if let Some(Parts { tensors, bytes, numbers }) = state.optimizer.remove(name) {
@@ -193,7 +197,7 @@ pub fn read(
         }
         tensor(&stored, name, dims)
     };
-    decoder.map_parameters(&mut |name, value| {
+    model.map_parameters(&mut |name, value| {
         if !trained.contains_key(name) || problem.is_some() {
             return value;
         }

@@ -1,33 +1,31 @@
-//! Held-out loss, and exact match of generated answers.
+//! Held-out loss, exact match of generated answers, and scores of classifiers.
 
-use burn::tensor::{FloatDType, Int, Tensor, TensorData};
-use lowrank_kernels as kernels;
+use burn::tensor::FloatDType;
+use lowrank_models::classifier::{Classifier, Labels};
 use lowrank_models::generate::{Sampling, generate};
-use lowrank_models::{Batch, Decoder, Inputs};
+use lowrank_models::network::{Network, integers};
+use lowrank_models::save::host_values;
+use lowrank_models::{ClassifierBatch, Decoder};
 
 use crate::config::EvaluationConfig;
-use crate::data::{DataConfig, Evaluation, Prompt, Record, read_records};
+use crate::data::{DataConfig, DataError, Evaluation, LabelledEvaluation, Prompt, Record, read_records};
 use crate::error::Problem;
+use crate::scores;
 use crate::session::Session;
+use crate::task::Evaluated;
 
 /// Sequences that are answered at the same time.
 const ANSWER_BATCH: usize = 32;
 
-/// Sum of the losses of a batch's counted tokens, without a tape.
-pub fn batch_loss(decoder: &Decoder, batch: &Batch, head_chunk_tokens: usize) -> f64 {
-    let device = decoder.device();
-    let inputs = Inputs::new(batch, &decoder.config, 0, &device);
-    let hidden = decoder.hidden(&inputs, None);
-    let counted: Vec<i32> = (0..batch.targets.len() as i32).filter(|&i| batch.targets[i as usize] >= 0).collect();
-    let head = decoder.head();
-    let softcap = decoder.config.final_softcap.unwrap_or(0.0);
+/// Sum of the losses of a batch's counted rows, without a tape.
+pub fn batch_loss<M: Network>(model: &M, batch: &M::Batch, head_chunk: usize) -> f64 {
+    let device = model.device();
+    let hidden = model.last_hidden(&model.inputs(batch));
+    let head = model.head();
     let mut sum = 0.0;
-    for chunk in counted.chunks(head_chunk_tokens.max(1)) {
-        let rows = Tensor::<1, Int>::from_data(TensorData::new(chunk.to_vec(), [chunk.len()]), &device);
-        let targets: Vec<i32> = chunk.iter().map(|&row| batch.targets[row as usize]).collect();
-        let targets = Tensor::<1, Int>::from_data(TensorData::new(targets, [chunk.len()]), &device);
-        let logits = head.forward(hidden.clone().select(0, rows), &decoder.config, false);
-        let losses = kernels::cross_entropy(logits, targets, softcap).cast(FloatDType::F32).into_data();
+    for chunk in model.counted(batch).chunks(head_chunk.max(1)) {
+        let x = hidden.clone().select(0, integers(chunk, &device));
+        let losses = model.losses(&head, x, chunk, batch, false).cast(FloatDType::F32).into_data();
         sum += losses.iter::<f32>().map(f64::from).sum::<f64>();
     }
     sum
@@ -48,6 +46,76 @@ pub fn loss(
         done(index as u64 + 1, total);
     }
     (sum / tokens.max(1) as f64, tokens)
+}
+
+/// Mean loss and scores of a classifier over a data set.
+///
+/// # Errors
+/// An image cannot be read.
+pub fn classes(
+    model: &Classifier,
+    data: &LabelledEvaluation,
+    head_chunk: usize,
+    mut done: impl FnMut(u64, u64),
+) -> Result<Evaluated, DataError> {
+    let total = data.len() as u64;
+    let mut judged = Judged::default();
+    for (index, batch) in data.batches()?.enumerate() {
+        judged.add(model, &batch?, head_chunk);
+        done(index as u64 + 1, total);
+    }
+    let Judged { loss, count, classes, values } = judged;
+    let scores = match values.0.is_empty() {
+        true => scores::of_classes(&classes.0, &classes.1, model.num_labels()),
+        false => scores::of_values(&values.0, &values.1),
+    };
+    Ok(Evaluated { loss: loss / count.max(1) as f64, count, scores, ..Evaluated::default() })
+}
+
+/// What a classifier said so far.
+#[derive(Default)]
+struct Judged {
+    /// Summed loss.
+    loss: f64,
+    /// Rows with a label.
+    count: u64,
+    /// Expected and predicted classes.
+    classes: (Vec<i32>, Vec<i32>),
+    /// Expected and predicted values.
+    values: (Vec<f64>, Vec<f64>),
+}
+
+impl Judged {
+    fn add(&mut self, model: &Classifier, batch: &ClassifierBatch, head_chunk: usize) {
+        let hidden = model.last_hidden(&model.inputs(batch));
+        let (head, rows, labelled) = (model.head(), model.counted(batch), batch.labels.counted());
+        self.count += rows.len() as u64;
+        let chunk = head_chunk.max(1);
+        for (rows, labelled) in rows.chunks(chunk).zip(labelled.chunks(chunk)) {
+            let x = hidden.clone().select(0, integers(rows, &model.device()));
+            let losses = model.losses(&head, x.clone(), rows, batch, false).cast(FloatDType::F32).into_data();
+            self.loss += losses.iter::<f32>().map(f64::from).sum::<f64>();
+            let logits = host_values(head.forward(x, &model.config, false));
+            for (logits, &row) in logits.chunks(model.num_labels()).zip(labelled) {
+                match &batch.labels {
+                    Labels::Classes(classes) => {
+                        self.classes.0.push(classes[row]);
+                        self.classes.1.push(largest(logits));
+                    }
+                    Labels::Values(values) => {
+                        self.values.0.push(f64::from(values[row]));
+                        self.values.1.push(f64::from(logits[0]));
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Number of the largest logit.
+fn largest(logits: &[f32]) -> i32 {
+    let best = logits.iter().enumerate().max_by(|(_, a), (_, b)| a.total_cmp(b));
+    best.map_or(0, |(class, _)| class as i32)
 }
 
 /// A question with its expected answer.

@@ -4,6 +4,7 @@
 //! the log is reopened, and only the keys in [`VOLATILE`] may differ. For that every line of a step is written, and
 //! [`MetricsLog::sync`] called, before the checkpoint of that step is committed.
 
+use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -14,8 +15,16 @@ use serde_json::{Map, Value};
 use crate::error::Problem;
 
 /// Keys that depend on the clock and the machine and so differ between two runs of the same training.
-pub const VOLATILE: [&str; 7] =
-    ["step_ms", "tokens_per_second", "memory_bytes", "peak_memory_bytes", "wall_seconds", "seconds", "refresh_seconds"];
+pub const VOLATILE: [&str; 8] = [
+    "step_ms",
+    "tokens_per_second",
+    "memory_bytes",
+    "peak_memory_bytes",
+    "predicted_peak_memory_bytes",
+    "wall_seconds",
+    "seconds",
+    "refresh_seconds",
+];
 
 /// One optimiser step.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -69,9 +78,10 @@ pub struct EvalLine {
     pub step: u64,
     /// Mean loss over the counted tokens.
     pub loss: f64,
-    /// `exp(loss)`.
-    pub perplexity: f64,
-    /// Counted tokens.
+    /// `exp(loss)`, of language models.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub perplexity: Option<f64>,
+    /// Counted tokens; records, where each has one label.
     pub tokens: u64,
     /// Share of generated answers that equal the reference, where answers were generated.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -79,6 +89,9 @@ pub struct EvalLine {
     /// Number of generated answers.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub exact_match_samples: Option<u64>,
+    /// Scores of classifiers by name: `accuracy`, `f1` and so on.
+    #[serde(flatten)]
+    pub scores: BTreeMap<String, f64>,
     /// Duration in seconds.
     pub seconds: f64,
 }
@@ -104,6 +117,9 @@ pub struct SummaryLine {
     /// Exact match of the last evaluation.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub exact_match: Option<f64>,
+    /// Scores of the last evaluation by name.
+    #[serde(flatten)]
+    pub scores: BTreeMap<String, f64>,
     /// Numbers that were trained.
     pub trainable_parameters: u64,
     /// Numbers in the model and the adapter.
@@ -112,6 +128,9 @@ pub struct SummaryLine {
     pub tokens: u64,
     /// Largest memory in use over the run.
     pub peak_memory_bytes: u64,
+    /// What was predicted for it at the start, where a prediction could be made.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub predicted_peak_memory_bytes: Option<u64>,
     /// Duration of the run since it was last started.
     pub wall_seconds: f64,
 }
@@ -139,7 +158,8 @@ impl Line {
     }
 
     /// The series that are drawn, as name and value: `train/loss` and so on. A summary has none.
-    pub fn scalars(&self) -> Vec<(&'static str, f64)> {
+    pub fn scalars(&self) -> Vec<(String, f64)> {
+        let named = |scalars: Vec<(&str, f64)>| scalars.into_iter().map(|(n, value)| (n.to_owned(), value)).collect();
         match self {
             Line::Train(line) => {
                 let mut scalars = vec![
@@ -159,11 +179,14 @@ impl Line {
                     scalars.extend(subspace.subspace_overlap.map(|share| ("train/subspace_overlap", share)));
                     scalars.push(("train/refreshes", subspace.refreshes as f64));
                 }
-                scalars
+                named(scalars)
             }
             Line::Eval(line) => {
-                let mut scalars = vec![("eval/loss", line.loss), ("eval/perplexity", line.perplexity)];
+                let mut scalars = vec![("eval/loss", line.loss)];
+                scalars.extend(line.perplexity.map(|perplexity| ("eval/perplexity", perplexity)));
                 scalars.extend(line.exact_match.map(|share| ("eval/exact_match", share)));
+                let mut scalars: Vec<(String, f64)> = named(scalars);
+                scalars.extend(line.scores.iter().map(|(name, score)| (format!("eval/{name}"), *score)));
                 scalars
             }
             Line::Summary(_) => Vec::new(),
@@ -178,7 +201,7 @@ impl Line {
             .scalars()
             .into_iter()
             .filter(|(_, number)| !number.is_finite())
-            .map(|(name, number)| (name.rsplit('/').next().unwrap_or(name).to_owned(), number.to_string().into()))
+            .map(|(name, number)| (name.rsplit('/').next().unwrap_or(&name).to_owned(), number.to_string().into()))
             .collect();
         if let (false, Value::Object(object)) = (non_finite.is_empty(), &mut value) {
             object.insert("non_finite".to_owned(), Value::Object(non_finite));

@@ -23,10 +23,11 @@ fn eval(step: u64) -> Line {
     Line::Eval(EvalLine {
         step,
         loss: 2.0,
-        perplexity: 7.5,
+        perplexity: Some(7.5),
         tokens: 10,
         exact_match: None,
         exact_match_samples: None,
+        scores: BTreeMap::new(),
         seconds: 0.1,
     })
 }
@@ -40,10 +41,12 @@ fn summary(step: u64) -> Line {
         best_eval_loss: None,
         best_step: None,
         exact_match: None,
+        scores: BTreeMap::new(),
         trainable_parameters: 3,
         total_parameters: 4,
         tokens: 5,
         peak_memory_bytes: 6,
+        predicted_peak_memory_bytes: Some(5),
         wall_seconds: 7.5,
     })
 }
@@ -61,9 +64,19 @@ fn lines_have_the_documented_fields() {
     let expected = [
         r#"{"kind":"train","step":1,"epoch":0.5,"loss":0.30000000000000004,"grad_norm":1.25,"learning_rate":0.0001,"tokens":64,"tokens_per_second":100.0,"step_ms":640.0,"memory_bytes":1024,"gradient_bytes":256,"optimizer_bytes":512}"#,
         r#"{"kind":"eval","step":1,"loss":2.0,"perplexity":7.5,"tokens":10,"seconds":0.1}"#,
-        r#"{"kind":"summary","step":1,"ended_by":"max_steps","train_loss":1.0,"eval_loss":2.0,"trainable_parameters":3,"total_parameters":4,"tokens":5,"peak_memory_bytes":6,"wall_seconds":7.5}"#,
+        r#"{"kind":"summary","step":1,"ended_by":"max_steps","train_loss":1.0,"eval_loss":2.0,"trainable_parameters":3,"total_parameters":4,"tokens":5,"peak_memory_bytes":6,"predicted_peak_memory_bytes":5,"wall_seconds":7.5}"#,
     ];
     assert_eq!(text.lines().collect::<Vec<_>>(), expected);
+}
+
+#[test]
+fn scores_are_fields_of_the_line() {
+    let Line::Eval(mut line) = eval(1) else { unreachable!() };
+    (line.perplexity, line.scores) = (None, [("accuracy".to_owned(), 0.75), ("pearson".to_owned(), f64::NAN)].into());
+    assert_eq!(
+        Line::Eval(line).to_json().unwrap(),
+        r#"{"kind":"eval","step":1,"loss":2.0,"tokens":10,"accuracy":0.75,"pearson":null,"seconds":0.1,"non_finite":{"pearson":"NaN"}}"#
+    );
 }
 
 #[test]

@@ -5,19 +5,20 @@ use lowrank_core::lowrank::cast;
 use lowrank_core::optim::apollo::Apollo;
 use lowrank_core::optim::dct_adamw::{self, DctAdamW, DctBases};
 use lowrank_core::optim::fira::{self, Fira};
+use lowrank_core::optim::intrinsic::{self, Subspace};
 use lowrank_core::optim::ldadam::{LdAdam, LdAdamConfig};
 use lowrank_core::optim::q_galore::Quantised;
 use lowrank_core::optim::{
     self, AdamForm, AdamWConfig, Galore, MatrixOptimizer, Optimizer, ProjType as Projected, RuleConfig, Weights, galore,
 };
-use lowrank_models::adapters::for_each_projection;
 use lowrank_models::hf::AdapterConfig;
 use lowrank_models::hf::peft::Modules;
-use lowrank_models::{Decoder, parameters};
+use lowrank_models::{Network, parameters};
 
 use crate::config::{
-    self, Accumulation, ApolloConfig, GaloreConfig, GradientNorm, Granularity, Inner, LowRankCommon, Merge, Moments,
-    OptimizerConfig, ProjType, QGaloreConfig, QWeightFormat, Residual, RunConfig, Score, TargetModules, WeightFormat,
+    self, Accumulation, ApolloConfig, GaloreConfig, GradientNorm, Granularity, Inner, IntrinsicConfig, LowRankCommon,
+    Merge, Moments, OptimizerConfig, ProjType, QGaloreConfig, QWeightFormat, Residual, RunConfig, Score, TargetModules,
+    WeightFormat,
 };
 use crate::error::Problem;
 
@@ -36,17 +37,23 @@ struct Target {
 ///
 /// # Errors
 /// `target_modules` matches nothing, or is no regular expression.
-pub fn build(config: &RunConfig, decoder: &mut Decoder) -> Result<Optimizer, Problem> {
+pub fn build<M: Network>(config: &RunConfig, model: &mut M) -> Result<Optimizer, Problem> {
     let table = config.optimizer.common();
     let betas = (table.betas[0], table.betas[1]);
     let form = match config.optimizer {
-        OptimizerConfig::Adamw(_) | OptimizerConfig::DctAdamw(_) | OptimizerConfig::Ldadam(_) => AdamForm::Torch,
+        OptimizerConfig::Adamw(_)
+        | OptimizerConfig::DctAdamw(_)
+        | OptimizerConfig::Ldadam(_)
+        | OptimizerConfig::Intrinsic(_) => AdamForm::Torch,
         _ => AdamForm::Hf,
     };
     let mut optimizer = Optimizer::adamw(AdamWConfig { betas, eps: table.eps, form });
     let Some(low_rank) = config.optimizer.low_rank() else { return Ok(optimizer) };
-    let targets = targets(low_rank, table.key, decoder)?;
-    let rank = low_rank.rank.unwrap_or((decoder.config.hidden_size / 4).max(1));
+    let targets = targets(low_rank, table.key, model)?;
+    if let OptimizerConfig::Intrinsic(table) = &config.optimizer {
+        return intrinsic(table, config.seed, &targets, optimizer, model);
+    }
+    let rank = low_rank.rank.unwrap_or((model.hidden_size() / 4).max(1));
     let tokens = config.training.micro_batch_size * config.data.max_seq_length;
     warn_of_rank(rank, tokens, &targets);
     let bases = DctBases::default();
@@ -59,8 +66,29 @@ pub fn build(config: &RunConfig, decoder: &mut Decoder) -> Result<Optimizer, Pro
             "weights and bases are rounded to 8-bit and 4-bit values, but kept in f32: that saves no memory yet"
         );
     }
-    store(decoder, &optimizer, weights);
+    store(model, &optimizer, weights);
     Ok(optimizer.with_weights(weights, config.seed))
+}
+
+/// Puts the targets into one random subspace and freezes the rest, unless it is trained too.
+fn intrinsic<M: Network>(
+    table: &IntrinsicConfig,
+    seed: u64,
+    targets: &[Target],
+    mut optimizer: Optimizer,
+    model: &mut M,
+) -> Result<Optimizer, Problem> {
+    let betas = (table.betas[0], table.betas[1]);
+    let config = intrinsic::IntrinsicConfig { dims: table.dims, said: table.said, betas, eps: table.eps };
+    let subspace = Subspace::new(config, seed, targets.len(), &model.device())
+        .map_err(|reason| Problem::config(format!("optimizer.intrinsic.{reason}")))?;
+    for target in targets {
+        optimizer.manage(&target.name, Box::new(subspace.matrix(&target.name, target.dims)));
+    }
+    if !table.train_rest {
+        *model = parameters::set_trained(model.clone(), |name| (!optimizer.manages(name)).then_some(false));
+    }
+    Ok(optimizer)
 }
 
 fn modules(wanted: &TargetModules, key: &str) -> Result<Modules, Problem> {
@@ -72,12 +100,12 @@ fn modules(wanted: &TargetModules, key: &str) -> Result<Modules, Problem> {
 }
 
 /// The linear layers that `target_modules` names, by the same rules as for adapters.
-fn targets(low_rank: LowRankCommon<'_>, key: &str, decoder: &mut Decoder) -> Result<Vec<Target>, Problem> {
+fn targets<M: Network>(low_rank: LowRankCommon<'_>, key: &str, model: &mut M) -> Result<Vec<Target>, Problem> {
     let mut wanted = AdapterConfig::new(1, 1.0, modules(low_rank.target_modules, key)?);
     wanted.exclude_modules = low_rank.exclude_modules.map(|excluded| modules(excluded, key)).transpose()?;
     let mut found = vec![];
     let mut known = vec![];
-    for_each_projection(decoder, |module, projection| {
+    model.for_each_projection(&mut |module, projection| {
         known.push(module.rsplit('.').next().unwrap_or(module).to_owned());
         if wanted.targets(module) {
             found.push((format!("{module}.weight"), projection.dims()));
@@ -137,18 +165,13 @@ pub fn stores_bf16(optimizer: &OptimizerConfig) -> bool {
 }
 
 /// Casts managed weights to 16 bits where they are kept so.
-fn store(decoder: &mut Decoder, optimizer: &Optimizer, weights: Weights) {
+fn store<M: Network>(model: &mut M, optimizer: &Optimizer, weights: Weights) {
     if weights == Weights::Bf16 {
-        let model = std::mem::take(&mut decoder.model.layers);
-        decoder.model.layers = model
-            .into_iter()
-            .enumerate()
-            .map(|(index, block)| {
-                parameters::map(block, &format!("model.layers.{index}"), |name, value| {
-                    if optimizer.manages(name) { cast(value, FloatDType::BF16) } else { value }
-                })
-            })
-            .collect();
+        for index in 0..model.blocks().len() {
+            model.map_block(index, &mut |name, value| {
+                if optimizer.manages(name) { cast(value, FloatDType::BF16) } else { value }
+            });
+        }
     }
 }
 
@@ -201,7 +224,9 @@ fn method(
             let config = LdAdamConfig { rank, rho: table.rho, betas, eps, error_feedback: table.error_feedback };
             Box::new(LdAdam::new(config, name, seed, dims))
         }
-        OptimizerConfig::Adamw(_) => unreachable!("AdamW manages no matrices"),
+        OptimizerConfig::Adamw(_) | OptimizerConfig::Intrinsic(_) => {
+            unreachable!("these have no method of one matrix alone")
+        }
     }
 }
 
@@ -332,10 +357,11 @@ fn q_galore_method(
     Box::new(Galore::new(config, &target.name, seed, target.dims, offset))
 }
 
-/// Whether a layer may be updated before the backward pass has ended. All that a method needs of a step is in the layer's own
-/// gradient, so only clipping, accumulation and skipped steps stand against it.
+/// Whether a layer may be updated before the backward pass has ended. All that most methods need of a step is in the layer's own
+/// gradient, so only clipping, accumulation and skipped steps stand against it; a subspace of all layers needs all gradients.
 pub fn updates_immediately(config: &RunConfig) -> bool {
-    config.training.gradient_accumulation_steps == 1
+    !matches!(config.optimizer, OptimizerConfig::Intrinsic(_))
+        && config.training.gradient_accumulation_steps == 1
         && config.training.max_grad_norm == 0.0
         && config.training.on_non_finite == config::OnNonFinite::Stop
 }

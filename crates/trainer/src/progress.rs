@@ -1,5 +1,6 @@
 //! What is seen while a run goes on: a bar on a terminal, log lines elsewhere, all on standard error.
 
+use std::collections::BTreeMap;
 use std::io::{IsTerminal, Write};
 use std::sync::LazyLock;
 use std::time::{Duration, Instant};
@@ -144,9 +145,17 @@ fn train_text(line: &TrainLine, left: Duration) -> String {
 }
 
 fn eval_text(line: &EvalLine) -> String {
-    let mut text = format!("eval at step {} | loss {:.4} | perplexity {:.3}", line.step, line.loss, line.perplexity);
-    if let Some(share) = line.exact_match {
-        text.push_str(&format!(" | exact match {:.1} %", 100.0 * share));
+    let mut text = format!("eval at step {} | loss {:.4}", line.step, line.loss);
+    if let Some(perplexity) = line.perplexity {
+        text.push_str(&format!(" | perplexity {perplexity:.3}"));
+    }
+    text + &scores_text(line.exact_match, &line.scores)
+}
+
+fn scores_text(exact_match: Option<f64>, scores: &BTreeMap<String, f64>) -> String {
+    let mut text = exact_match.map_or(String::new(), |share| format!(" | exact match {:.1} %", 100.0 * share));
+    for (name, score) in scores {
+        text.push_str(&format!(" | {} {score:.4}", name.replace('_', " ")));
     }
     text
 }
@@ -156,9 +165,7 @@ fn summary_text(line: &SummaryLine) -> String {
     if let Some(loss) = line.eval_loss {
         text.push_str(&format!(" | eval loss {loss:.4}"));
     }
-    if let Some(share) = line.exact_match {
-        text.push_str(&format!(" | exact match {:.1} %", 100.0 * share));
-    }
+    text.push_str(&scores_text(line.exact_match, &line.scores));
     let wall = Duration::try_from_secs_f64(line.wall_seconds).unwrap_or_default();
     text.push_str(&format!(" | peak {} | {}", bytes_text(line.peak_memory_bytes), duration_text(wall)));
     text
@@ -222,6 +229,12 @@ impl Phase {
         self.bar.set_position(done);
     }
 
+    /// Takes the bar or spinner away without a word.
+    pub fn clear(self) {
+        self.bar.finish_and_clear();
+        BARS.remove(&self.bar);
+    }
+
     /// The work is done; logs how long it took.
     pub fn finish(self) {
         let seconds = self.started.elapsed().as_secs_f64();
@@ -277,10 +290,11 @@ mod tests {
         let eval = EvalLine {
             step: 50,
             loss: 0.5,
-            perplexity: 1.6487,
+            perplexity: Some(1.6487),
             tokens: 10,
             exact_match: Some(0.925),
             exact_match_samples: Some(200),
+            scores: BTreeMap::new(),
             seconds: 2.0,
         };
         assert_eq!(eval_text(&eval), "eval at step 50 | loss 0.5000 | perplexity 1.649 | exact match 92.5 %");
@@ -292,15 +306,17 @@ mod tests {
             best_eval_loss: None,
             best_step: None,
             exact_match: None,
+            scores: [("matthews_correlation".to_owned(), 0.5)].into(),
             trainable_parameters: 1,
             total_parameters: 2,
             tokens: 3,
             peak_memory_bytes: 1 << 20,
+            predicted_peak_memory_bytes: None,
             wall_seconds: 3725.0,
         };
         assert_eq!(
             summary_text(&summary),
-            "done after 200 steps | train loss 0.2500 | eval loss 0.5000 | peak 1.00 MiB | 1h 02m"
+            "done after 200 steps | train loss 0.2500 | eval loss 0.5000 | matthews correlation 0.5000 | peak 1.00 MiB | 1h 02m"
         );
     }
 

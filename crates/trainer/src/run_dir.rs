@@ -133,7 +133,7 @@ impl RunDir {
 }
 
 /// Makes the folder and takes its lock.
-fn create_and_lock(root: &Path) -> Result<File, Problem> {
+pub(crate) fn create_and_lock(root: &Path) -> Result<File, Problem> {
     let shown = root.display();
     if root.exists() && !root.is_dir() {
         return Err(Problem::config(format!("output_dir {shown} is a file, expected a folder"))

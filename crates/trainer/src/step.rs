@@ -1,23 +1,21 @@
 //! One forward and backward pass, segment by segment.
 //!
-//! The model is run as embedding, blocks, head; each segment is lifted onto the tape alone. Going forward, a block keeps its
+//! The model is run as stem, blocks, head ([`Network`]); each segment is lifted onto the tape alone. Going forward, a block keeps its
 //! graph (`gradient_checkpointing = "none"`) or only its input (`"block"`, rebuilt on the way back). The head runs over chunks
-//! of the counted tokens, so `[tokens, vocab]` logits never exist, and rows that are not trained on cost nothing there.
+//! of the counted rows, so `[tokens, vocab]` logits never exist, and rows that are not trained on cost nothing there.
 //! Segments below the lowest trained parameter are never differentiated.
 //!
 //! The loss of a step is the sum over all counted tokens of all its micro batches divided by their number, whatever the split.
 
 use burn::module::Module as _;
-use burn::tensor::{Device, FloatDType, Gradients, Int, Tensor, TensorData};
+use burn::tensor::{FloatDType, Gradients, Tensor};
 use lowrank_core::Projection;
 use lowrank_core::optim::Optimizer;
 use lowrank_core::optim::adamw::StepRule;
 use lowrank_core::random::Stream;
 use lowrank_kernels as kernels;
-use lowrank_models::block::Block;
-use lowrank_models::decoder::Decoder;
+use lowrank_models::network::{Network, Segment, integers};
 use lowrank_models::parameters::{self, Named};
-use lowrank_models::{Batch, Inputs};
 
 use crate::config::GradientCheckpointing;
 
@@ -26,15 +24,10 @@ use crate::config::GradientCheckpointing;
 pub struct StepOptions {
     /// What a block keeps between forward and backward.
     pub checkpointing: GradientCheckpointing,
-    /// Tokens whose logits exist at the same time.
+    /// Rows whose logits exist at the same time.
     pub head_chunk_tokens: usize,
-    /// Seed of dropout masks; each (step, micro batch, block) has its own.
+    /// Seed of dropout masks; each (step, micro batch, segment) has its own.
     pub seed: u64,
-}
-
-/// Tokens of a head chunk: logits of at most 64 MiB in f32, between 64 and 4096 tokens.
-pub fn default_head_chunk(vocab: usize) -> usize {
-    ((64 << 20) / (4 * vocab.max(1))).clamp(64, 4096)
 }
 
 /// Per-parameter learning rate and weight decay of one step, by parameter name.
@@ -92,39 +85,39 @@ fn update_now(
 }
 
 /// Updates every parameter that has a gradient and removes the gradient.
-pub fn apply(decoder: &mut Decoder, accumulated: &mut Accumulated, optimizer: &mut Optimizer, rules: Rules<'_>) {
-    decoder.map_parameters(&mut |name, value| match accumulated.gradients.remove(name) {
+pub fn apply<M: Network>(model: &mut M, accumulated: &mut Accumulated, optimizer: &mut Optimizer, rules: Rules<'_>) {
+    model.map_parameters(&mut |name, value| match accumulated.gradients.remove(name) {
         Some(gradient) => optimizer.step(name, value, gradient, rules(name)),
         None => value,
     });
 }
 
 /// A block between forward and backward.
-struct Pending {
+struct Pending<B> {
     /// The block's input: on the tape with a graph, plain without.
     input: Tensor<2>,
     /// The block on the tape and its output, unless they are rebuilt.
-    graph: Option<(Block, Tensor<2>)>,
+    graph: Option<(B, Tensor<2>)>,
 }
 
 /// The state of one pass over a model.
-pub struct Pass<'a> {
-    decoder: &'a mut Decoder,
+pub struct Pass<'a, M: Network> {
+    model: &'a mut M,
     options: StepOptions,
     /// Lowest block that is trained or has trained parameters below it.
     first_trained: usize,
-    /// Whether the embedding is trained.
-    embedding_is_trained: bool,
+    /// Whether the stem is trained.
+    stem_is_trained: bool,
 }
 
-impl<'a> Pass<'a> {
+impl<'a, M: Network> Pass<'a, M> {
     /// Looks up which segments need a backward pass.
-    pub fn new(decoder: &'a mut Decoder, options: StepOptions) -> Self {
-        let embedding_is_trained = !parameters::trained(&decoder.model.embed_tokens).is_empty();
-        let blocks = &decoder.model.layers;
+    pub fn new(model: &'a mut M, options: StepOptions) -> Self {
+        let stem_is_trained = !parameters::trained(model.stem()).is_empty();
+        let blocks = model.blocks();
         let first = blocks.iter().position(|block| !parameters::trained(block).is_empty()).unwrap_or(blocks.len());
-        let first_trained = if embedding_is_trained { 0 } else { first };
-        Self { decoder, options, first_trained, embedding_is_trained }
+        let first_trained = if stem_is_trained { 0 } else { first };
+        Self { model, options, first_trained, stem_is_trained }
     }
 
     /// Runs one micro batch forward and backward and returns its summed loss.
@@ -134,67 +127,65 @@ impl<'a> Pass<'a> {
     /// ([`Optimizer::begin`]); it sees the factors of the gradients it asked for.
     pub fn run(
         &mut self,
-        batch: &Batch,
+        batch: &M::Batch,
         denominator: f64,
         key: u64,
         into: &mut Accumulated,
         optimizer: &mut Optimizer,
         immediate: Option<Rules<'_>>,
     ) -> f64 {
-        let device = self.decoder.device();
-        let inputs = Inputs::new(batch, &self.decoder.config, 0, &device);
+        let inputs = self.model.inputs(batch);
         let (mut pending, hidden) = self.forward(&inputs, key);
-        let (loss, d_hidden) = self.head(batch, hidden, denominator, &device, into, optimizer);
+        let (loss, d_hidden) = self.head(batch, hidden, denominator, key, into, optimizer);
         if let Some(rules) = immediate {
-            self.decoder.map_head(&mut |name, value| update_now(name, value, optimizer, rules, into));
+            self.model.map_head(&mut |name, value| update_now(name, value, optimizer, rules, into));
         }
         let mut gradient = d_hidden;
-        for index in (self.first_trained..self.decoder.model.layers.len()).rev() {
+        for index in (self.first_trained..self.model.blocks().len()).rev() {
             let (Some(block), Some(from)) = (pending.pop(), gradient.take()) else { break };
             gradient = self.backward_block(index, block, from, &inputs, key, into, optimizer);
             if let Some(rules) = immediate {
-                self.decoder.map_block(index, &mut |name, value| update_now(name, value, optimizer, rules, into));
+                self.model.map_block(index, &mut |name, value| update_now(name, value, optimizer, rules, into));
             }
         }
-        if let (true, Some(gradient)) = (self.embedding_is_trained, gradient) {
-            self.backward_embedding(&inputs, gradient, into);
+        if let (true, Some(gradient)) = (self.stem_is_trained, gradient) {
+            self.backward_stem(&inputs, gradient, key, into);
         }
-        // The embedding last: a tied head has added to its gradient.
+        // The stem last: a tied head has added to its gradient.
         if let Some(rules) = immediate {
-            self.decoder.map_embedding(&mut |name, value| update_now(name, value, optimizer, rules, into));
+            self.model.map_stem(&mut |name, value| update_now(name, value, optimizer, rules, into));
         }
         loss
     }
 
-    /// Forward through embedding and blocks; blocks that need a backward pass leave what it needs.
-    fn forward(&self, inputs: &Inputs, key: u64) -> (Vec<Pending>, Tensor<2>) {
-        let config = self.decoder.config.clone();
-        let mut x = self.decoder.model.embed_tokens.forward(inputs, &config, self.decoder.compute);
+    /// Forward through stem and blocks; blocks that need a backward pass leave what it needs.
+    fn forward(&self, inputs: &M::Inputs, key: u64) -> (Vec<Pending<M::Block>>, Tensor<2>) {
+        self.seed_dropout(key, Segment::Stem);
+        let mut x = self.model.run_stem(self.model.stem(), inputs, true);
         let mut pending = vec![];
-        for (index, block) in self.decoder.model.layers.iter().enumerate() {
-            self.seed_dropout(key, index);
-            let layer = config.layers[index];
+        for (index, block) in self.model.blocks().iter().enumerate() {
+            self.seed_dropout(key, Segment::Block(index));
             let keeps_graph = self.options.checkpointing == GradientCheckpointing::None && index >= self.first_trained;
             if keeps_graph {
                 let lifted = self.lifted(index);
                 let input = self.lift(x, index);
-                let out = lifted.forward(input.clone(), inputs, &config, layer, true, None);
+                let out = self.model.run_block(index, &lifted, input.clone(), inputs, true);
                 x = out.clone().inner();
                 pending.push(Pending { input, graph: Some((lifted, out)) });
             } else {
                 if index >= self.first_trained {
                     pending.push(Pending { input: x.clone(), graph: None });
                 }
-                x = block.forward(x, inputs, &config, layer, true, None);
+                x = self.model.run_block(index, block, x, inputs, true);
             }
         }
         (pending, x)
     }
 
     /// A block on the tape, with placeholders where its gradients leave as factors.
-    fn lifted(&self, index: usize) -> Block {
-        let mut lifted = self.decoder.model.layers[index].clone().train();
-        for (_, projection) in lifted.projections_mut() {
+    fn lifted(&self, index: usize) -> M::Block {
+        let mut lifted = self.model.blocks()[index].clone().train();
+        for (_, projection) in M::projections_mut(&mut lifted) {
             projection.lift_slots();
         }
         lifted
@@ -203,60 +194,57 @@ impl<'a> Pass<'a> {
     /// A block's input on the tape; tracked only where something below it is trained.
     fn lift(&self, x: Tensor<2>, index: usize) -> Tensor<2> {
         let x = Tensor::from_inner(x);
-        if index > self.first_trained || self.embedding_is_trained { x.require_grad() } else { x }
+        if index > self.first_trained || self.stem_is_trained { x.require_grad() } else { x }
     }
 
-    /// Restarts the device's generator for one block of one micro batch, so that a rebuilt block draws the same masks.
-    fn seed_dropout(&self, key: u64, index: usize) {
-        if self.block_has_dropout(index) {
-            let seed = Stream::new(self.options.seed, "dropout").bits((key << 16) | index as u64);
-            self.decoder.device().seed(seed);
+    /// Restarts the device's generator for one segment of one micro batch, so that a segment that is run again draws the
+    /// same masks.
+    fn seed_dropout(&self, key: u64, segment: Segment) {
+        if self.model.has_dropout(segment) {
+            let number = match segment {
+                Segment::Stem => 0xffff,
+                Segment::Block(index) => index as u64,
+                Segment::Head => 0xfffe,
+            };
+            let seed = Stream::new(self.options.seed, "dropout").bits((key << 16) | number);
+            self.model.device().seed(seed);
         }
     }
 
-    fn block_has_dropout(&self, index: usize) -> bool {
-        self.decoder.model.layers[index]
-            .projections()
-            .iter()
-            .any(|(_, projection)| projection.delta.as_ref().is_some_and(|delta| delta.dropout > 0.0))
-    }
-
-    /// Loss of the counted tokens chunk by chunk; returns it with the gradient of the residual stream, `[t, hidden]`, where
+    /// Loss of the counted rows chunk by chunk; returns it with the gradient of the last hidden state, `[t, hidden]`, where
     /// anything below the head is trained.
     fn head(
         &self,
-        batch: &Batch,
+        batch: &M::Batch,
         hidden: Tensor<2>,
         denominator: f64,
-        device: &Device,
+        key: u64,
         into: &mut Accumulated,
         optimizer: &mut Optimizer,
     ) -> (f64, Option<Tensor<2>>) {
-        let config = self.decoder.config.clone();
-        let counted: Vec<i32> = (0..batch.targets.len() as i32).filter(|&i| batch.targets[i as usize] >= 0).collect();
-        let needs_gradient = self.first_trained < self.decoder.model.layers.len() || self.embedding_is_trained;
-        let all_rows = counted.len() == batch.targets.len();
-        let mut lifted = self.decoder.head().train();
-        lifted.lm_head.as_mut().into_iter().for_each(|head| head.lift_slots());
+        let device = self.model.device();
+        let counted = self.model.counted(batch);
+        let needs_gradient = self.first_trained < self.model.blocks().len() || self.stem_is_trained;
+        let all_rows = counted.len() == hidden.dims()[0];
+        let mut lifted = self.model.head().train();
+        M::head_projections_mut(&mut lifted).into_iter().for_each(|(_, projection)| projection.lift_slots());
         let head_is_trained = !parameters::trained(&lifted).is_empty();
-        let softcap = config.final_softcap.unwrap_or(0.0);
         let mut d_hidden = (needs_gradient && !all_rows).then(|| hidden.zeros_like());
         let mut pieces = vec![];
         let mut loss = 0.0f64;
+        self.seed_dropout(key, Segment::Head);
         for chunk in counted.chunks(self.options.head_chunk_tokens.max(1)) {
-            let rows = Tensor::<1, Int>::from_data(TensorData::new(chunk.to_vec(), [chunk.len()]), device);
+            let rows = integers(chunk, &device);
             let x = Tensor::from_inner(hidden.clone().select(0, rows.clone()));
             let x = if needs_gradient { x.require_grad() } else { x };
-            let targets: Vec<i32> = chunk.iter().map(|&row| batch.targets[row as usize]).collect();
-            let targets = Tensor::<1, Int>::from_data(TensorData::new(targets, [chunk.len()]), device);
-            let losses = kernels::cross_entropy(lifted.forward(x.clone(), &config, true), targets, softcap);
+            let losses = self.model.losses(&lifted, x.clone(), chunk, batch, true);
             loss += host(losses.clone().inner()).iter().map(|&loss| f64::from(loss)).sum::<f64>();
             if !(needs_gradient || head_is_trained) {
                 continue;
             }
-            let weight = Tensor::<1>::full([chunk.len()], 1.0 / denominator, device);
+            let weight = Tensor::<1>::full([chunk.len()], 1.0 / denominator, &device);
             let mut gradients = kernels::backward_from(losses, Tensor::from_inner(weight));
-            take_head_gradients(&lifted, &mut gradients, into, optimizer);
+            take_head_gradients::<M>(&lifted, &mut gradients, into, optimizer);
             if let Some(piece) = x.grad_remove(&mut gradients) {
                 match d_hidden.take() {
                     Some(d) => d_hidden = Some(d.select_assign(0, rows, piece, burn::tensor::IndexingUpdateOp::Add)),
@@ -276,9 +264,9 @@ impl<'a> Pass<'a> {
     fn backward_block(
         &self,
         index: usize,
-        pending: Pending,
+        pending: Pending<M::Block>,
         gradient: Tensor<2>,
-        inputs: &Inputs,
+        inputs: &M::Inputs,
         key: u64,
         into: &mut Accumulated,
         optimizer: &mut Optimizer,
@@ -287,29 +275,29 @@ impl<'a> Pass<'a> {
         let (lifted, input, out) = match graph {
             Some((lifted, out)) => (lifted, input, out),
             None => {
-                self.seed_dropout(key, index);
-                let config = &self.decoder.config;
+                self.seed_dropout(key, Segment::Block(index));
                 let lifted = self.lifted(index);
                 let input = self.lift(input, index);
-                let out = lifted.forward(input.clone(), inputs, config, config.layers[index], true, None);
+                let out = self.model.run_block(index, &lifted, input.clone(), inputs, true);
                 (lifted, input, out)
             }
         };
         let mut gradients = kernels::backward_from(out, Tensor::from_inner(gradient));
-        let block = format!("model.layers.{index}");
+        let block = self.model.block_name(index);
         parameters::take_gradients(&lifted, &block, &mut gradients, &mut into.gradients);
-        for (name, projection) in lifted.projections() {
+        for (name, projection) in M::projections(&lifted) {
             take_factors(projection, &format!("{block}.{name}"), &mut gradients, into, optimizer);
         }
         into.weigh();
         input.grad_remove(&mut gradients)
     }
 
-    fn backward_embedding(&self, inputs: &Inputs, gradient: Tensor<2>, into: &mut Accumulated) {
-        let lifted = self.decoder.model.embed_tokens.clone().train();
-        let out = lifted.forward(inputs, &self.decoder.config, self.decoder.compute);
+    fn backward_stem(&self, inputs: &M::Inputs, gradient: Tensor<2>, key: u64, into: &mut Accumulated) {
+        self.seed_dropout(key, Segment::Stem);
+        let lifted = self.model.stem().clone().train();
+        let out = self.model.run_stem(&lifted, inputs, true);
         let mut gradients = kernels::backward_from(out, Tensor::from_inner(gradient));
-        parameters::take_gradients(&lifted, "model.embed_tokens", &mut gradients, &mut into.gradients);
+        parameters::take_gradients(&lifted, &self.model.stem_name(), &mut gradients, &mut into.gradients);
         into.weigh();
     }
 }
@@ -329,20 +317,16 @@ fn take_factors(
     }
 }
 
-/// The head's parameters under their checkpoint names.
-fn take_head_gradients(
-    lifted: &lowrank_models::decoder::Head,
+/// The head's gradients under the names of its parameters.
+fn take_head_gradients<M: Network>(
+    lifted: &M::Head,
     gradients: &mut Gradients,
     into: &mut Accumulated,
     optimizer: &mut Optimizer,
 ) {
-    parameters::take_gradients(&lifted.norm, "model.norm", gradients, &mut into.gradients);
-    if let Some(head) = &lifted.lm_head {
-        parameters::take_gradients(head, "lm_head", gradients, &mut into.gradients);
-        take_factors(head, "lm_head", gradients, into, optimizer);
-    }
-    if let Some(tied) = &lifted.tied {
-        parameters::take_gradients(tied, "model.embed_tokens.weight", gradients, &mut into.gradients);
+    M::take_head_gradients(lifted, gradients, &mut into.gradients);
+    for (module, projection) in M::head_projections(lifted) {
+        take_factors(projection, &module, gradients, into, optimizer);
     }
     into.weigh();
 }

@@ -104,7 +104,7 @@ fn start_event(wall_time: f64, step: u64) -> Vec<u8> {
     event
 }
 
-fn scalar_event(wall_time: f64, step: u64, scalars: &[(&str, f64)]) -> Vec<u8> {
+fn scalar_event(wall_time: f64, step: u64, scalars: &[(String, f64)]) -> Vec<u8> {
     let mut summary = Vec::new();
     for (tag, number) in scalars {
         let mut value = Vec::new();
@@ -278,10 +278,11 @@ mod tests {
         let line = EvalLine {
             step: 300,
             loss: 0.75,
-            perplexity: 2.117,
+            perplexity: Some(2.117),
             tokens: 9,
             exact_match: Some(0.5),
             exact_match_samples: Some(4),
+            scores: [("accuracy".to_owned(), 0.25)].into(),
             seconds: 1.0,
         };
         writer.write(&Line::Eval(line)).unwrap();
@@ -310,6 +311,7 @@ mod tests {
             ("eval/loss".to_owned(), 0.75),
             ("eval/perplexity".to_owned(), 2.117),
             ("eval/exact_match".to_owned(), 0.5),
+            ("eval/accuracy".to_owned(), 0.25),
         ];
         assert_eq!(values, expected);
     }

@@ -1,106 +1,28 @@
 //! The training loop on one page: batches, forward and backward, clip, update, log, evaluate, save.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
+use burn::module::Module as _;
+use lowrank_core::Delta;
+use lowrank_core::optim::Optimizer;
 use lowrank_core::optim::adamw::StepRule;
-use lowrank_core::optim::{Optimizer, Schedule, ScheduleKind};
 use lowrank_core::projection::Gradient;
-use lowrank_models::adapters::for_each_projection;
-use lowrank_models::{Batch, parameters};
-use regex::RegexSet;
+use lowrank_models::{Network, NetworkBatch, parameters};
 
-use crate::checkpoint::{self, Counters, Exact};
-use crate::config::{AdapterConfig, LoraConfig, OnNonFinite, RunConfig, Scheduler};
-use crate::data::{Evaluation, Loader};
+use crate::checkpoint::{self, Counters, Exact, WriteAdapter};
+use crate::config::{OnNonFinite, RunConfig};
 use crate::error::Problem;
-use crate::evaluate::{self, Question};
 use crate::metrics::{EvalLine, Line, MetricsLog, SubspaceLine, SummaryLine, TrainLine, process_memory};
 use crate::progress::Progress;
+use crate::rates::{Kinds, Rates};
 use crate::run_dir::RunDir;
-use crate::session::Session;
-use crate::step::{Accumulated, Pass, Rules, StepOptions, apply, default_head_chunk};
+use crate::step::{Accumulated, Pass, Rules, StepOptions, apply};
+use crate::task::{Batches, Evaluated, TrainingTask};
 use crate::tensorboard::EventWriter;
-
-/// Learning rate and decay of every parameter at any step.
-pub struct Rates {
-    schedule: Schedule,
-    learning_rate: f64,
-    /// Learning rate of parameters that a low-rank method does not manage, or that are outside the blocks' linear layers.
-    plain: f64,
-    /// No low-rank method: the linear layers are told by their names.
-    is_adamw: bool,
-    weight_decay: f64,
-    no_decay: RegexSet,
-    /// LoRA+: factor of B, and the learning rate of embedding factors.
-    plus: Option<(f64, f64)>,
-}
-
-impl Rates {
-    /// The rates of a run of `total_steps`.
-    ///
-    /// # Errors
-    /// `no_decay` holds something that is no regular expression.
-    pub fn new(config: &RunConfig, total_steps: u64) -> Result<Self, Problem> {
-        let (training, optimizer) = (&config.training, config.optimizer.common());
-        let kind = match training.lr_scheduler {
-            Scheduler::Constant => ScheduleKind::Constant,
-            Scheduler::Linear => ScheduleKind::Linear,
-            Scheduler::Cosine => ScheduleKind::Cosine,
-            Scheduler::WarmupStableDecay => {
-                ScheduleKind::WarmupStableDecay { decay_steps: training.decay(total_steps) as usize }
-            }
-        };
-        let schedule = Schedule {
-            kind,
-            total_steps: total_steps as usize,
-            warmup_steps: training.warmup(total_steps) as usize,
-            min_ratio: training.min_lr_ratio,
-        };
-        let no_decay = RegexSet::new(optimizer.no_decay)
-            .map_err(|error| Problem::config("no_decay of the optimizer holds no regular expression").source(error))?;
-        let plus = match &config.adapter {
-            Some(AdapterConfig::Lora(LoraConfig { loraplus_lr_ratio: Some(ratio), loraplus_lr_embedding, .. })) => {
-                Some((*ratio, loraplus_lr_embedding.unwrap_or(optimizer.learning_rate)))
-            }
-            _ => None,
-        };
-        let (learning_rate, plain) = (optimizer.learning_rate, optimizer.plain_learning_rate);
-        let is_adamw = config.optimizer.low_rank().is_none();
-        let weight_decay = optimizer.weight_decay;
-        Ok(Self { schedule, learning_rate, plain, is_adamw, weight_decay, no_decay, plus })
-    }
-
-    /// The base learning rate at a step, counted from 0.
-    pub fn base(&self, step: u64) -> f64 {
-        self.learning_rate * self.schedule.factor(step as usize)
-    }
-
-    /// Rate and decay of one parameter. LoRA+ (arXiv 2402.12354): B, and vectors trained beside the adapter, learn at
-    /// `ratio` times the rate; vectors are then not decayed.
-    /// `is_managed`: a low-rank method has the parameter.
-    pub fn rule(&self, name: &str, is_managed: bool, step: u64, gradient_scale: f64) -> StepRule {
-        let factor = self.schedule.factor(step as usize);
-        let is_embedding = name.starts_with("model.embed_tokens.delta");
-        let is_vector = name.ends_with("norm.weight") || name.ends_with(".bias");
-        let (rate, decays) = match self.plus {
-            Some((_, embedding)) if is_embedding => (embedding, true),
-            Some((ratio, _)) if name.ends_with(".delta.up") => (self.learning_rate * ratio, true),
-            Some((ratio, _)) if is_vector => (self.learning_rate * ratio, false),
-            _ if is_managed || (self.is_adamw && is_linear(name)) => (self.learning_rate, true),
-            _ => (self.plain, true),
-        };
-        let weight_decay = if decays && !self.no_decay.is_match(name) { self.weight_decay } else { 0.0 };
-        StepRule { learning_rate: rate * factor, weight_decay, gradient_scale }
-    }
-}
-
-/// Whether a parameter belongs to a linear layer of a block: its weight, or an adapter's factor beside it.
-fn is_linear(name: &str) -> bool {
-    name.contains("_proj.") && !name.ends_with(".bias")
-}
 
 /// What one optimiser step reports.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -135,17 +57,17 @@ pub struct StepPlan<'a> {
 
 /// One optimiser step over its micro batches. Without finite loss and gradient nothing is updated (an immediate update is
 /// already made then; its run must stop).
-pub fn optimizer_step(
-    decoder: &mut lowrank_models::Decoder,
+pub fn optimizer_step<M: Network>(
+    model: &mut M,
     optimizer: &mut Optimizer,
-    batches: &[Batch],
+    batches: &[M::Batch],
     plan: &StepPlan<'_>,
 ) -> StepReport {
     let mut accumulated = Accumulated::default();
-    let managed: BTreeSet<String> = prepare(decoder, optimizer, batches, plan);
+    let managed: BTreeSet<String> = prepare(model, optimizer, batches, plan);
     let unscaled = |name: &str| (plan.rule)(name, managed.contains(name), 1.0);
     let mut loss = 0.0;
-    let mut pass = Pass::new(decoder, plan.options);
+    let mut pass = Pass::new(model, plan.options);
     for (index, batch) in batches.iter().enumerate() {
         let immediate: Option<Rules<'_>> = if plan.immediate { Some(&unscaled) } else { None };
         let (denominator, key) = (plan.denominators[index], plan.first_key + index as u64);
@@ -157,36 +79,50 @@ pub fn optimizer_step(
     let applied = loss.is_finite() && grad_norm.is_finite();
     if applied {
         let clip = if plan.max_grad_norm > 0.0 { (plan.max_grad_norm / (grad_norm + 1e-6)).min(1.0) } else { 1.0 };
-        apply(decoder, &mut accumulated, optimizer, &|name| (plan.rule)(name, managed.contains(name), clip));
+        apply(model, &mut accumulated, optimizer, &|name| (plan.rule)(name, managed.contains(name), clip));
+        constrain(model);
     }
-    tell(decoder, optimizer.serving());
+    tell(model, optimizer.serving());
     StepReport { loss, grad_norm, applied, gradient_bytes }
+}
+
+/// Brings adapters back inside the constraint of their method, where it has one.
+fn constrain<M: Network>(model: &mut M) {
+    model.for_each_projection(&mut |_, projection| {
+        projection.delta = projection.delta.take().map(Delta::constrained);
+    });
 }
 
 /// Asks the optimiser what the backward passes shall hand over, and tells the linear layers. Returns the names of the
 /// parameters that low-rank methods have.
-fn prepare(
-    decoder: &mut lowrank_models::Decoder,
+fn prepare<M: Network>(
+    model: &mut M,
     optimizer: &mut Optimizer,
-    batches: &[Batch],
+    batches: &[M::Batch],
     plan: &StepPlan<'_>,
 ) -> BTreeSet<String> {
     // The head's gradient comes in chunks, each of which counts as a micro batch.
     let chunk = plan.options.head_chunk_tokens.max(1);
     let chunks: usize = batches.iter().map(|batch| batch.target_count().div_ceil(chunk)).sum();
-    let passes = |name: &str| if name.starts_with("lm_head") { chunks } else { batches.len() };
+    let in_head = head_weights(model);
+    let passes = |name: &str| if in_head.contains(name) { chunks } else { batches.len() };
     let gradients = optimizer.begin(plan.step, &passes);
     let managed = gradients.keys().cloned().collect();
-    tell(decoder, gradients);
+    tell(model, gradients);
     managed
 }
 
+/// Names of the weights of the head's linear layers.
+fn head_weights<M: Network>(model: &M) -> BTreeSet<String> {
+    M::head_projections(&model.head()).into_iter().map(|(module, _)| format!("{module}.weight")).collect()
+}
+
 /// Tells the linear layers how they act and what they hand over, by name of the weight.
-fn tell(decoder: &mut lowrank_models::Decoder, mut gradients: BTreeMap<String, Gradient>) {
+fn tell<M: Network>(model: &mut M, mut gradients: BTreeMap<String, Gradient>) {
     if gradients.is_empty() {
         return;
     }
-    for_each_projection(decoder, |module, projection| {
+    model.for_each_projection(&mut |module, projection| {
         if let Some(gradient) = gradients.remove(&format!("{module}.weight")) {
             projection.gradient = gradient;
         }
@@ -194,27 +130,28 @@ fn tell(decoder: &mut lowrank_models::Decoder, mut gradients: BTreeMap<String, G
 }
 
 /// Puts every update that is still pending into its weight: the model is then its parameters alone.
-pub fn settle(decoder: &mut lowrank_models::Decoder, optimizer: &mut Optimizer) {
-    decoder.map_parameters(&mut |name, value| optimizer.settle(name, value));
-    for_each_projection(decoder, |_, projection| projection.gradient = Gradient::Full);
+pub fn settle<M: Network>(model: &mut M, optimizer: &mut Optimizer) {
+    model.map_parameters(&mut |name, value| optimizer.settle(name, value));
+    model.for_each_projection(&mut |_, projection| projection.gradient = Gradient::Full);
 }
 
+/// A micro batch of a task.
+type BatchOf<T> = <<T as TrainingTask>::Model as Network>::Batch;
+
 /// A run between two steps.
-pub struct Run<'a> {
+pub struct Run<'a, T: TrainingTask> {
     /// The configuration.
     pub config: &'a RunConfig,
     /// Its resolved text, stored in every checkpoint.
     pub config_text: String,
     /// Where everything is written.
     pub dir: RunDir,
-    /// Model and tokenizer.
-    pub session: Session,
+    /// Model and adapter.
+    pub task: T,
     /// Training batches.
-    pub loader: Loader,
+    pub loader: T::Loader,
     /// Held-out data.
-    pub evaluation: Option<Evaluation>,
-    /// Held-out questions for exact match.
-    pub questions: Vec<Question>,
+    pub evaluation: Option<T::Evaluation>,
     /// Optimiser state.
     pub optimizer: Optimizer,
     /// Where the run stands.
@@ -223,6 +160,8 @@ pub struct Run<'a> {
     pub total_steps: u64,
     /// The metrics file.
     pub metrics: MetricsLog,
+    /// Predicted peak of the process, if there is a prediction.
+    pub predicted_bytes: Option<u64>,
     /// TensorBoard events.
     pub events: Option<EventWriter>,
     /// Set by a signal: stop after the current step.
@@ -238,14 +177,14 @@ pub enum Outcome {
     Interrupted,
 }
 
-impl Run<'_> {
+impl<T: TrainingTask> Run<'_, T> {
     /// Trains to the end, to an early stop or to an interruption.
     ///
     /// # Errors
     /// A loss that is not finite under `on_non_finite = "stop"`; anything the disk refuses.
     pub fn train(&mut self) -> Result<Outcome, Problem> {
         let started = Instant::now();
-        let rates = Rates::new(self.config, self.total_steps)?;
+        let rates = Rates::new(self.config, self.total_steps, Kinds::of(self.task.model_mut()))?;
         let progress = Progress::start(self.config.logging.progress, self.total_steps, self.counters.step);
         if self.counters.step == 0 && self.config.training.eval_at_start {
             self.evaluate(&progress)?;
@@ -290,8 +229,8 @@ impl Run<'_> {
         let started = Instant::now();
         let training = &self.config.training;
         let wanted = 0..training.gradient_accumulation_steps;
-        let batches = wanted.map(|_| self.loader.next_batch()).collect::<Result<Vec<Batch>, _>>()?;
-        let targets: usize = batches.iter().map(Batch::target_count).sum();
+        let batches = wanted.map(|_| self.loader.next_batch()).collect::<Result<Vec<BatchOf<T>>, _>>()?;
+        let targets: usize = batches.iter().map(NetworkBatch::target_count).sum();
         let denominators = vec![targets.max(1) as f64; batches.len()];
         let step = self.counters.step;
         let plan = StepPlan {
@@ -307,11 +246,11 @@ impl Run<'_> {
             rule: &|name, is_managed, scale| rates.rule(name, is_managed, step, scale),
             immediate: crate::optimizer::updates_immediately(self.config),
         };
-        let report = optimizer_step(&mut self.session.decoder, &mut self.optimizer, &batches, &plan);
+        let report = optimizer_step(self.task.model_mut(), &mut self.optimizer, &batches, &plan);
         if !report.applied {
             self.refuse_non_finite(&report, &batches)?;
         }
-        let tokens: usize = batches.iter().map(Batch::token_count).sum();
+        let tokens: usize = batches.iter().map(NetworkBatch::token_count).sum();
         self.counters.step += 1;
         self.counters.tokens += tokens as u64;
         self.counters.micro_batches += batches.len() as u64;
@@ -359,8 +298,7 @@ impl Run<'_> {
     }
 
     fn head_chunk_tokens(&self) -> usize {
-        let vocab = self.session.decoder.config.vocab_size;
-        self.config.training.head_chunk_tokens.unwrap_or_else(|| default_head_chunk(vocab))
+        self.config.training.head_chunk_tokens.unwrap_or_else(|| self.task.model().default_head_chunk())
     }
 
     fn record(&mut self, line: &Line, progress: &Progress) -> Result<(), Problem> {
@@ -373,9 +311,9 @@ impl Run<'_> {
     }
 
     /// Stops the run, or warns, where the loss or the gradient is not finite.
-    fn refuse_non_finite(&self, report: &StepReport, batches: &[Batch]) -> Result<(), Problem> {
+    fn refuse_non_finite(&self, report: &StepReport, batches: &[BatchOf<T>]) -> Result<(), Problem> {
         let step = self.counters.step + 1;
-        let mut records: Vec<u64> = batches.iter().flat_map(|batch| batch.records.iter().copied()).collect();
+        let mut records: Vec<u64> = batches.iter().flat_map(|batch| batch.records().iter().copied()).collect();
         records.sort_unstable();
         records.dedup();
         let shown: Vec<String> = records.iter().take(8).map(|&r| self.loader.describe_record(r)).collect();
@@ -405,14 +343,11 @@ impl Run<'_> {
     fn evaluate(&mut self, progress: &Progress) -> Result<(), Problem> {
         let Some(evaluation) = &self.evaluation else { return Ok(()) };
         let started = Instant::now();
-        let (loss, tokens) = evaluate::loss(&self.session.decoder, evaluation, self.head_chunk_tokens(), |_, _| {});
-        let answers = match self.config.evaluation.generate && !self.questions.is_empty() {
-            true => Some(evaluate::exact_match(&self.session, &self.questions, &self.config.evaluation, |_, _| {})?),
-            false => None,
-        };
+        let Evaluated { loss, count, perplexity, exact_match, scores } =
+            self.task.evaluate(self.config, evaluation, self.head_chunk_tokens())?;
         self.counters.eval_loss = Some(Exact(loss));
-        let exact_match = answers.as_ref().map(evaluate::Answers::exact_match);
-        self.counters.exact_match = exact_match.map(Exact);
+        self.counters.exact_match = exact_match.map(|(share, _)| Exact(share));
+        self.counters.scores = scores.iter().map(|(name, &score)| (name.clone(), Exact(score))).collect();
         match self.counters.best {
             Some((best, _)) if loss >= best.0 || loss.is_nan() => self.counters.evaluations_since_best += 1,
             _ => {
@@ -423,10 +358,11 @@ impl Run<'_> {
         let line = Line::Eval(EvalLine {
             step: self.counters.step,
             loss,
-            perplexity: loss.exp(),
-            tokens,
-            exact_match,
-            exact_match_samples: answers.map(|answers| answers.total),
+            perplexity,
+            tokens: count,
+            exact_match: exact_match.map(|(share, _)| share),
+            exact_match_samples: exact_match.map(|(_, samples)| samples),
+            scores,
             seconds: started.elapsed().as_secs_f64(),
         });
         self.record(&line, progress)
@@ -436,11 +372,13 @@ impl Run<'_> {
     fn save(&mut self) -> Result<(), Problem> {
         self.metrics.sync()?;
         let writer = self.dir.begin_checkpoint(self.counters.step)?;
+        let (task, base_model) = (&self.task, &self.config.base_model);
+        let write_adapter =
+            task.adapter().map(|adapter| move |folder: &Path| task.save_adapter(adapter, base_model, folder));
         checkpoint::write(
             writer.path(),
-            &self.session.decoder,
-            self.session.adapter.as_ref(),
-            &self.config.base_model,
+            task.model(),
+            write_adapter.as_ref().map(|write| write as &WriteAdapter<'_>),
             &self.optimizer,
             &self.counters,
             self.loader.state(),
@@ -455,7 +393,7 @@ impl Run<'_> {
     }
 
     fn summary(&self, ended_by: &str, started: Instant) -> SummaryLine {
-        let trained = parameters::trained(&self.session.decoder);
+        let trained = parameters::trained(self.task.model());
         let count = |dims: &[usize]| dims.iter().product::<usize>() as u64;
         SummaryLine {
             step: self.counters.step,
@@ -465,10 +403,12 @@ impl Run<'_> {
             best_eval_loss: self.counters.best.map(|(loss, _)| loss.0),
             best_step: self.counters.best.map(|(_, step)| step),
             exact_match: self.counters.exact_match.map(|share| share.0),
+            scores: self.counters.scores.iter().map(|(name, score)| (name.clone(), score.0)).collect(),
             trainable_parameters: trained.iter().map(|(_, dims)| count(dims)).sum(),
-            total_parameters: lowrank_models::save::parameter_count(&self.session.decoder) as u64,
+            total_parameters: self.task.model().num_params() as u64,
             tokens: self.counters.tokens,
             peak_memory_bytes: process_memory().peak_bytes,
+            predicted_peak_memory_bytes: self.predicted_bytes,
             wall_seconds: started.elapsed().as_secs_f64(),
         }
     }
