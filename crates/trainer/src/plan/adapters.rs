@@ -1,0 +1,284 @@
+//! What each kind of adapter keeps and needs.
+//!
+//! | adapter | keeps beside q, k, v and so on | scratch |
+//! | --- | --- | --- |
+//! | low-rank | h `[t, r]`, x where A is trained, the mask, `M B diag(c)` where there is M or c | the dropped x |
+//! | the same where `W + s A B` is cheaper | x | `[d_in, d_out]` |
+//! | DoRA | as low-rank, and the output before its scale; with dropout the dropped x | `[r, d_out]` |
+//! | RandLoRA | x, two of `[n r, m]` | `[d_in, d_out]` |
+//! | HRA | x, `x V` `[t, r]` | |
+//! | OFT | x, powers of Q: each `d_in b` values | two of `[t, d_in]` |
+
+use super::layers::{Segment, backward_product};
+use super::ledger::{Buffer, Category};
+use super::model::{Adapter, Format, LowRank, Parameter};
+use super::operations::Read;
+use super::tape::Value;
+
+impl Segment<'_> {
+    /// An adapted linear layer, without its bias.
+    pub(super) fn adapted(&mut self, x: Value, weight: &Parameter, adapter: &Adapter, t: usize) -> Value {
+        match adapter {
+            Adapter::LowRank(delta) => {
+                let mask = self.mask(delta.drops, t * weight.dims[0]);
+                let down = self.operand(&delta.down);
+                let up = self.folded_up(delta, weight.dims[1]);
+                self.factors(x, weight, mask, [down, up], delta.rank(), t)
+            }
+            Adapter::Dora { delta, magnitude, .. } => self.dora(x, weight, delta, magnitude, t),
+            Adapter::RandLora { lambda, gamma, large, is_small_first, drops } => {
+                let mask = self.mask(*drops, t * weight.dims[0]);
+                let small = self.scaled_small(lambda, gamma);
+                let large_value = self.operand(large);
+                let pair = if *is_small_first { [small, large_value] } else { [large_value, small] };
+                self.factors(x, weight, mask, pair, large.dims[1], t)
+            }
+            Adapter::Hra { vectors } => self.hra(x, weight, vectors, t),
+            Adapter::Oft { weight: turn, block, powers } => self.oft(x, weight, turn, [*block, *powers], t),
+        }
+    }
+
+    /// The multipliers of a dropout, drawn in f32 and narrowed.
+    fn mask(&self, drops: bool, values: usize) -> Option<Buffer> {
+        (drops && self.lifts).then(|| {
+            let wide = (self.at.width < 4).then(|| self.at.scratch(4 * values));
+            let mask = self.at.activation(values);
+            drop(wide);
+            mask
+        })
+    }
+
+    /// `x W + s (D(x) A) B`, r the inner size.
+    fn factors(
+        &mut self,
+        x: Value,
+        weight: &Parameter,
+        mask: Option<Buffer>,
+        [down, up]: [Value; 2],
+        r: usize,
+        t: usize,
+    ) -> Value {
+        let [m, n] = weight.dims;
+        let w = self.operand(weight);
+        let tracked = [x.node, down.node, up.node].map(|node| node.is_some());
+        let is_dense = matches!(weight.format, Format::Dense(_));
+        if mask.is_none() && is_dense && merges(t, [m, n], r, tracked) {
+            return self.merged(x, weight, [down, up], t);
+        }
+        let dropped = mask.as_ref().map(|_| self.at.scratch(self.at.width * t * m));
+        let h = self.at.product([t, m, r], Read::Plain, Category::Activations);
+        drop(dropped);
+        let y = {
+            let _values = Self::unpacked(self.at, weight);
+            self.at.product([t, m, n], Read::Plain, Category::Activations)
+        };
+        let y = self.at.accumulate([t, r, n], Read::Plain, y);
+        let kept = down.node.map(|_| x.buffer.clone());
+        let nodes = [x.node, down.node, up.node];
+        let (at, weight, factors) = (self.at.clone(), weight.clone(), (w.buffer, down.buffer, up.buffer));
+        self.tape.operation(&nodes, y, move |dy, gradients| {
+            if nodes[2].is_some() {
+                gradients.register(nodes[2], at.product([r, t, n], Read::Transposed, Category::Gradients));
+            }
+            drop(h);
+            if nodes[0].is_none() && nodes[1].is_none() {
+                return;
+            }
+            let u = at.product([t, n, r], Read::Plain, Category::Workspace);
+            if nodes[1].is_some() {
+                let _dropped = mask.as_ref().map(|_| at.scratch(at.width * t * m));
+                gradients.register(nodes[1], at.product([m, t, r], Read::Transposed, Category::Gradients));
+            }
+            drop(kept);
+            if nodes[0].is_some() {
+                let dx = backward_product(&at, &weight, t);
+                drop(dy);
+                let dx = match &mask {
+                    None => at.accumulate([t, r, m], Read::Plain, dx),
+                    Some(_) => {
+                        let through = at.product([t, r, m], Read::Plain, Category::Workspace);
+                        drop(through); // added in place
+                        dx
+                    }
+                };
+                gradients.register(nodes[0], dx);
+            }
+            drop((u, mask, factors));
+        })
+    }
+
+    /// B with M and c in it, `[r, d_out]`, in the type of the activations.
+    fn folded_up(&mut self, delta: &LowRank, n: usize) -> Value {
+        if !delta.folds() {
+            return self.operand(&delta.up);
+        }
+        let parts = [Some(&delta.up), delta.core.as_ref(), delta.out_scale.as_ref()];
+        let parts: Vec<(Value, usize)> =
+            parts.into_iter().flatten().map(|part| (self.parameter(part), 4 * part.values())).collect();
+        let values = delta.rank() * n;
+        // `M B` before its scale, which the gradient of c needs.
+        let unscaled = delta.out_scale.as_ref().map(|_| self.at.ledger.take(Category::Activations, 4 * values));
+        let folded = self.at.ledger.take(Category::Activations, 4 * values);
+        let (at, nodes) = (self.at.clone(), parts.iter().map(|(part, _)| part.node).collect::<Vec<_>>());
+        let folded = self.tape.operation(&nodes, folded, move |dy, gradients| {
+            let through = at.scratch(4 * values);
+            for (part, bytes) in parts.iter().filter(|(part, _)| part.node.is_some()) {
+                gradients.register(part.node, at.ledger.take(Category::Gradients, *bytes));
+            }
+            drop((dy, through, unscaled));
+        });
+        self.at.cast(&mut self.tape, &folded, values, 4)
+    }
+
+    /// `x (W + s A B)`, with the sum built anew in the backward pass.
+    fn merged(&mut self, x: Value, weight: &Parameter, [down, up]: [Value; 2], t: usize) -> Value {
+        let [m, n] = weight.dims;
+        let sum = self.at.scratch(4.max(self.at.width) * m * n);
+        let y = self.at.product([t, m, n], Read::Plain, Category::Activations);
+        drop(sum);
+        let nodes = [x.node, down.node, up.node];
+        let (at, kept) = (self.at.clone(), (x.buffer, down.buffer, up.buffer));
+        let bytes = [kept.1.bytes(), kept.2.bytes()];
+        self.tape.operation(&nodes, y, move |dy, gradients| {
+            if nodes[1].is_some() || nodes[2].is_some() {
+                let _dense = at.product([m, t, n], Read::Transposed, Category::Workspace);
+                for (node, bytes) in nodes[1..].iter().zip(bytes) {
+                    if node.is_some() {
+                        gradients.register(*node, at.ledger.take(Category::Gradients, bytes));
+                    }
+                }
+            }
+            if nodes[0].is_some() {
+                let sum = at.scratch(at.width * m * n);
+                let dx = at.product([t, n, m], Read::Plain, Category::Workspace);
+                drop((sum, dy));
+                gradients.register(nodes[0], dx);
+            }
+            drop(kept);
+        })
+    }
+
+    /// `(x (W + s A B)) * (m / n)`; with dropout `(x - D(x)) W` beside the same of `D(x)`.
+    fn dora(&mut self, x: Value, weight: &Parameter, delta: &LowRank, magnitude: &Parameter, t: usize) -> Value {
+        let ([m, n], r, at) = (weight.dims, delta.rank(), self.at.clone());
+        {
+            // Lengths of the columns, off the tape.
+            let _values = Self::unpacked(&at, weight);
+            let _cross = at.product([r, m, n], Read::Transposed, Category::Workspace);
+            let _square = at.scratch(8 * r * n);
+        }
+        let mask = self.mask(delta.drops, t * m);
+        let rest = mask.as_ref().map(|_| {
+            let _difference = at.scratch(at.width * t * m);
+            at.product([t, m, n], Read::Plain, Category::Activations)
+        });
+        let input = match mask {
+            None => x,
+            Some(mask) => {
+                let (book, node) = (at.clone(), x.node);
+                self.tape.operation(&[node], at.activation(t * m), move |dy, gradients| {
+                    let dx = book.scratch(book.width * t * m); // of the dropped part, and of the rest
+                    drop((dy, mask));
+                    gradients.register(node, dx);
+                })
+            }
+        };
+        let pair = [self.operand(&delta.down), self.operand(&delta.up)];
+        let y = self.factors(input, weight, None, pair, r, t);
+        let ratio = self.parameter(magnitude);
+        let scaled = at.activation(t * n);
+        let (nodes, kept, bytes) = ([y.node, ratio.node], y.buffer, 4 * n);
+        let scaled = self.tape.operation(&nodes, scaled, move |dy, gradients| {
+            let through = at.scratch(at.width * t * n);
+            gradients.register(nodes[0], through);
+            gradients.register(nodes[1], at.ledger.take(Category::Gradients, bytes)); // summed in place
+            drop((dy, kept));
+        });
+        match rest {
+            Some(rest) => self.at.add(&mut self.tape, Value::constant(rest), scaled),
+            None => scaled,
+        }
+    }
+
+    /// RandLoRA's `diag(lambda) A diag(gamma)`, `[n r, m]` in f32: two products, of which the tape keeps the first.
+    fn scaled_small(&mut self, lambda: &Parameter, gamma: &Parameter) -> Value {
+        let ([r, n], [_, m]) = (lambda.dims, gamma.dims);
+        let values = n * r * m;
+        let [first, second] = [(), ()].map(|()| self.at.ledger.take(Category::Activations, 4 * values));
+        let (lambda, gamma) = (self.parameter(lambda), self.parameter(gamma));
+        let (at, nodes) = (self.at.clone(), [lambda.node, gamma.node]);
+        let small = self.tape.operation(&nodes, second, move |dy, gradients| {
+            let through = at.scratch(4 * values);
+            gradients.register(nodes[1], at.ledger.take(Category::Gradients, 4 * n * m));
+            drop((dy, first));
+            gradients.register(nodes[0], at.ledger.take(Category::Gradients, 4 * r * n));
+            drop(through);
+        });
+        self.at.cast(&mut self.tape, &small, values, 4)
+    }
+
+    /// `x - ((x V) T) V^T` before the base.
+    fn hra(&mut self, x: Value, weight: &Parameter, vectors: &Parameter, t: usize) -> Value {
+        let ([m, _], [_, r]) = (weight.dims, vectors.dims);
+        let at = self.at.clone();
+        let leaf = self.parameter(vectors);
+        let inner = at.ledger.take(Category::Activations, 4 * (5 * m * r + 4 * r * r));
+        let thin = at.product([t, m, r], Read::Plain, Category::Activations);
+        let moved = at.product([t, r, m], Read::Plain, Category::Activations);
+        let (nodes, book, kept, bytes) = ([x.node, leaf.node], at, (x.buffer, thin, inner), 4 * m * r);
+        let turned = self.tape.operation(&nodes, moved, move |dy, gradients| {
+            let negative = book.scratch(book.width * t * m);
+            let thin = book.product([t, m, r], Read::Plain, Category::Workspace);
+            gradients.register(nodes[1], book.ledger.take(Category::Gradients, bytes));
+            drop(negative);
+            let dx = nodes[0].map(|_| book.product([t, r, m], Read::Plain, Category::Workspace));
+            drop((thin, kept));
+            if let Some(dx) = dx {
+                gradients.register(nodes[0], dy);
+                gradients.register(nodes[0], dx);
+            }
+        });
+        self.dense(turned, weight, t)
+    }
+
+    /// `x + x (R - I)` before the base, block by block.
+    fn oft(&mut self, x: Value, weight: &Parameter, turn: &Parameter, [block, powers]: [usize; 2], t: usize) -> Value {
+        let (m, at) = (weight.dims[0], self.at.clone());
+        let leaf = self.parameter(turn);
+        let size = turn.dims[0] * block * block;
+        let inner = at.ledger.take(Category::Activations, 4 * powers * size);
+        let blocks = at.scratch(at.width * t * m); // x block by block, and the product in that order
+        let product = at.scratch(at.width * t * m);
+        drop(blocks);
+        let moved = at.activation(t * m);
+        drop(product);
+        let (nodes, book, kept, bytes) = ([x.node, leaf.node], at, (x.buffer, inner), turn.bytes());
+        let turned = self.tape.operation(&nodes, moved, move |dy, gradients| {
+            let blocks = book.scratch(book.width * t * m);
+            let product = nodes[0].map(|_| book.scratch(book.width * t * m));
+            drop(book.scratch(4 * 2 * size));
+            gradients.register(nodes[1], book.ledger.take(Category::Gradients, bytes));
+            drop((blocks, kept));
+            if let Some(product) = product {
+                let dx = book.scratch(book.width * t * m);
+                drop(product);
+                gradients.register(nodes[0], dy);
+                gradients.register(nodes[0], dx);
+            }
+        });
+        self.dense(turned, weight, t)
+    }
+}
+
+/// Whether the low-rank layer builds `W + s A B`: the count of multiply-adds of [`lowrank_kernels::lowrank_linear`].
+fn merges(t: usize, [m, n]: [usize; 2], r: usize, [x, down, up]: [bool; 3]) -> bool {
+    let [t, m, n, r] = [t, m, n, r].map(|size| size as f64);
+    let if_needed = |needed: bool, cost: f64| if needed { cost } else { 0.0 };
+    let factors = t * r * (m + n)
+        + if_needed(x || down, t * r * n)
+        + if_needed(x, t * r * m)
+        + if_needed(down, t * r * m)
+        + if_needed(up, t * r * n);
+    let builds = [true, x, down, up].into_iter().filter(|needed| *needed).count() as f64;
+    builds * r * m * n + if_needed(down || up, t * m * n) < factors
+}
