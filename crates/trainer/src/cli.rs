@@ -20,6 +20,10 @@ Examples:
   lowrank-train generate --model models/smollm2 --adapter runs/demo/adapter --prompt \"Hello\"
   lowrank-train merge --model models/smollm2 --adapter runs/demo/adapter --out merged
   lowrank-train tokenizer --corpus data/text/train.txt --vocab-size 4096 --output models/llama-tiny
+  lowrank-train compare configs/compare/adapters.toml
+  lowrank-train intrinsic --config run.toml --metric accuracy --full-learning-rate 1e-5
+  lowrank-train plan --config run.toml
+  lowrank-train analyze runs/demo
   lowrank-train doctor
 
 Exit codes: 0 done; 1 the run failed; 2 the command or configuration is wrong; 130 interrupted (a checkpoint was written).";
@@ -55,12 +59,24 @@ pub enum Command {
     /// Answer a prompt, or every line of standard input
     #[command(after_help = GENERATE_EXAMPLES)]
     Generate(GenerateArgs),
-    /// Add an adapter to the weights of its base model and write a Hugging Face folder
+    /// Write an adapter for other programs: added to its base model, or as a plain LoRA
     #[command(after_help = MERGE_EXAMPLES)]
     Merge(MergeArgs),
     /// Learn a tokenizer from text, for a model that is trained from nothing
     #[command(after_help = TOKENIZER_EXAMPLES)]
     Tokenizer(TokenizerArgs),
+    /// Run variants of a configuration with several seeds and compare them, or compare runs that are there
+    #[command(after_help = COMPARE_EXAMPLES)]
+    Compare(CompareArgs),
+    /// Search for the smallest number of dimensions that trains a model nearly as well as all its weights do
+    #[command(after_help = INTRINSIC_EXAMPLES)]
+    Intrinsic(IntrinsicArgs),
+    /// Predict how much memory a run will need, without running it
+    #[command(after_help = PLAN_EXAMPLES)]
+    Plan(PlanArgs),
+    /// Measure what training did to the weights of a run, layer by layer
+    #[command(after_help = ANALYZE_EXAMPLES)]
+    Analyze(AnalyzeArgs),
     /// Show the devices of this machine, what they can do, and what is wrong
     #[command(after_help = DOCTOR_EXAMPLES)]
     Doctor(DoctorArgs),
@@ -90,12 +106,48 @@ Examples:
 const MERGE_EXAMPLES: &str = "\
 Examples:
   lowrank-train merge --model models/smollm2 --adapter runs/demo/adapter --out merged --dtype bf16
-  lowrank-train merge --config run.toml                   writes <output_dir>/model";
+  lowrank-train merge --config run.toml                   writes <output_dir>/model
+  lowrank-train merge --config run.toml --format peft     a plain LoRA for servers: <output_dir>/peft
+  lowrank-train merge --config run.toml --format peft --rank 32 --tolerance 0.1";
 
 const TOKENIZER_EXAMPLES: &str = "\
 Examples:
   lowrank-train tokenizer --corpus data/text/train.txt --vocab-size 4096 --output models/llama-tiny
   lowrank-train tokenizer --corpus a.txt b.jsonl --vocab-size 32000 --output models/mine --special \"<end>\" --force";
+
+const COMPARE_EXAMPLES: &str = "\
+Examples:
+  lowrank-train compare configs/compare/adapters.toml           runs what is missing, writes the report into output_dir
+  lowrank-train compare configs/compare/adapters.toml --only LoRA,DoRA
+  lowrank-train compare configs/compare/adapters.toml --report  runs nothing: the report of what is there
+  lowrank-train compare runs/a runs/b
+  lowrank-train compare runs/* --metric exact_match --out runs/report
+
+A study is a TOML file: base (path of a configuration, or a table), output_dir, seeds, [data] validation and test,
+and [[variant]] tables with name, set, adapter, optimizer, quantization and learning_rates. Every learning rate runs
+with one seed; the one that is best on validation data runs with all seeds and is scored on test data. Runs that are
+done are not repeated; an interrupted study goes on with the same command.";
+
+const INTRINSIC_EXAMPLES: &str = "\
+Examples:
+  lowrank-train intrinsic --config run.toml --metric accuracy --full-learning-rate 1e-5
+  lowrank-train intrinsic --config run.toml --dims 100,1000,10000 --seeds 3 --target 2.5
+
+The configuration has an [optimizer.intrinsic] table. Every d runs with every seed, and all weights too where
+--full-learning-rate is given; the answer is the smallest d that reaches the target by the mean and by the best of its
+seeds. Runs that are done are not repeated.";
+const PLAN_EXAMPLES: &str = "\
+Examples:
+  lowrank-train plan --config run.toml
+  lowrank-train plan --config run.toml --set training.micro_batch_size=8 --set training.gradient_checkpointing=block
+  lowrank-train plan --config run.toml --json";
+
+const ANALYZE_EXAMPLES: &str = "\
+Examples:
+  lowrank-train analyze runs/demo                         the adapter or model of a run against its base
+  lowrank-train analyze runs/demo --data data/demo/eval.jsonl --markdown
+  lowrank-train analyze runs/lora --against runs/galore   what two runs did to the same base
+  lowrank-train analyze models/tuned --against models/base --json";
 
 const DOCTOR_EXAMPLES: &str = "\
 Examples:
@@ -225,6 +277,16 @@ pub struct GenerateArgs {
     pub device: DeviceArgs,
 }
 
+/// What `merge` writes.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum Format {
+    /// The base model with the adapter added to its weights, in the Hugging Face layout
+    #[default]
+    Hf,
+    /// A plain LoRA in PEFT's layout, whatever the method
+    Peft,
+}
+
 /// Arguments of `merge`.
 #[derive(Debug, Clone, Default, PartialEq, Args)]
 pub struct MergeArgs {
@@ -237,13 +299,25 @@ pub struct MergeArgs {
     /// Folder of the PEFT adapter [default: <output_dir>/adapter]
     #[arg(long, value_name = "DIR", required_unless_present = "config")]
     pub adapter: Option<PathBuf>,
-    /// Folder for the merged model [default: <output_dir>/model]
+    /// What is written
+    #[arg(long, value_enum, default_value_t)]
+    pub format: Format,
+    /// Keep at most R directions of each layer's update; for --format peft [default: all, where the method has few]
+    #[arg(long, value_name = "R", value_parser = clap::value_parser!(u64).range(1..))]
+    pub rank: Option<u64>,
+    /// Keep as few directions as leave out at most this share of each layer's update; for --format peft
+    #[arg(long, value_name = "T", value_parser = share, allow_negative_numbers = true)]
+    pub tolerance: Option<f64>,
+    /// Give every layer the same rank, filled up with zeros, for servers that read one rank and alpha; for --format peft
+    #[arg(long)]
+    pub same_rank: bool,
+    /// Folder for the result [default: <output_dir>/model, or <output_dir>/peft]
     #[arg(long, value_name = "DIR", required_unless_present = "config")]
     pub out: Option<PathBuf>,
-    /// Number format of the written weights [default: that of the base model]
+    /// Number format of the written weights [default: that of the base model; of a LoRA f32]
     #[arg(long)]
     pub dtype: Option<Dtype>,
-    /// Replace a model that is in the folder already
+    /// Replace a model or adapter that is in the folder already
     #[arg(long)]
     pub overwrite: bool,
 }
@@ -266,6 +340,119 @@ pub struct TokenizerArgs {
     /// Replace a tokenizer that is in the folder already
     #[arg(long)]
     pub force: bool,
+}
+
+/// Arguments of `compare`.
+#[derive(Debug, Clone, Default, PartialEq, Args)]
+pub struct CompareArgs {
+    /// A study (.toml), or folders of runs; runs are looked for below a folder too
+    #[arg(value_name = "STUDY|RUN", required = true)]
+    pub paths: Vec<PathBuf>,
+    /// Folder for report.md, report.csv and report.html [default: output_dir of the study]
+    #[arg(long, value_name = "DIR")]
+    pub out: Option<PathBuf>,
+    /// What to compare by: eval_loss, perplexity, exact_match, accuracy, f1, ... [default: of the study, or eval_loss]
+    #[arg(long, value_name = "NAME")]
+    pub metric: Option<String>,
+    /// Run only these variants of the study
+    #[arg(long, value_name = "NAME", value_delimiter = ',')]
+    pub only: Vec<String>,
+    /// Remove runs whose configuration changed and make them again
+    #[arg(long)]
+    pub fresh: bool,
+    /// Try runs again that failed
+    #[arg(long)]
+    pub retry: bool,
+    /// Run nothing, report what is there
+    #[arg(long, conflicts_with_all = ["fresh", "retry"])]
+    pub report: bool,
+}
+
+/// Arguments of `intrinsic`.
+#[derive(Debug, Clone, Default, PartialEq, Args)]
+pub struct IntrinsicArgs {
+    /// Configuration and overrides; a configuration is required.
+    #[command(flatten)]
+    pub config: ConfigArgs,
+    /// Dimensions to try [default: 1, 2, 3, 5, 8 of every decade between --from and --to]
+    #[arg(long, value_name = "D", value_delimiter = ',')]
+    pub dims: Vec<usize>,
+    /// Where the default dimensions begin
+    #[arg(long, value_name = "D", default_value_t = 100)]
+    pub from: usize,
+    /// Where the default dimensions end
+    #[arg(long, value_name = "D", default_value_t = 10_000)]
+    pub to: usize,
+    /// Runs of each dimension; the first has the seed of the configuration
+    #[arg(long, value_name = "N", default_value_t = 3)]
+    pub seeds: usize,
+    /// What is measured: accuracy, exact_match, f1, eval_loss, ... [default: eval_loss]
+    #[arg(long, value_name = "NAME")]
+    pub metric: Option<String>,
+    /// Also train all weights by AdamW at this rate
+    #[arg(long, value_name = "RATE")]
+    pub full_learning_rate: Option<f64>,
+    /// Share of what training all weights reaches that counts as enough
+    #[arg(long, value_name = "SHARE", default_value_t = 0.9)]
+    pub share: f64,
+    /// The value to reach, instead of a share
+    #[arg(long, value_name = "VALUE")]
+    pub target: Option<f64>,
+    /// Folder for all runs [default: output_dir of the configuration]
+    #[arg(long, value_name = "DIR")]
+    pub out: Option<PathBuf>,
+    /// Remove runs whose configuration changed and make them again
+    #[arg(long)]
+    pub fresh: bool,
+    /// Try runs again that failed
+    #[arg(long)]
+    pub retry: bool,
+    /// Run nothing, report what is there
+    #[arg(long, conflicts_with_all = ["fresh", "retry"])]
+    pub report: bool,
+}
+
+/// Arguments of `plan`.
+#[derive(Debug, Clone, Default, PartialEq, Args)]
+pub struct PlanArgs {
+    /// Configuration and overrides; a configuration is required.
+    #[command(flatten)]
+    pub config: ConfigArgs,
+    /// Device to plan for [default: of the configuration]
+    #[arg(long)]
+    pub device: Option<String>,
+    /// Write JSON instead of a table
+    #[arg(long)]
+    pub json: bool,
+    /// File for the result, instead of standard output
+    #[arg(long, value_name = "FILE")]
+    pub out: Option<PathBuf>,
+}
+
+/// Arguments of `analyze`.
+#[derive(Debug, Clone, Default, PartialEq, Args)]
+pub struct AnalyzeArgs {
+    /// Folder of a run, an adapter or a model
+    #[arg(value_name = "RUN")]
+    pub run: PathBuf,
+    /// What it is compared with: a run, an adapter, or a folder or hub id of a model [default: the base model]
+    #[arg(long, value_name = "RUN|DIR|ID")]
+    pub against: Option<String>,
+    /// Also measure activations on the first tokens of this file of records
+    #[arg(long, value_name = "FILE")]
+    pub data: Option<PathBuf>,
+    /// Tokens of the activations
+    #[arg(long, value_name = "N", default_value_t = 4096, value_parser = clap::value_parser!(u64).range(16..))]
+    pub tokens: u64,
+    /// Directions that are compared: angles and overlaps of the leading K
+    #[arg(long, value_name = "K", default_value_t = 8, value_parser = clap::value_parser!(u64).range(1..))]
+    pub directions: u64,
+    /// Write JSON to standard output instead of tables
+    #[arg(long, conflicts_with = "markdown")]
+    pub json: bool,
+    /// Write the tables to <RUN>/analysis.md too
+    #[arg(long)]
+    pub markdown: bool,
 }
 
 /// Arguments of `doctor`.
@@ -320,6 +507,13 @@ fn probability(text: &str) -> Result<f64, String> {
     match text.parse::<f64>() {
         Ok(value) if value > 0.0 && value <= 1.0 => Ok(value),
         _ => Err("expected a number above 0 and at most 1".to_owned()),
+    }
+}
+
+fn share(text: &str) -> Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(value) if (0.0..1.0).contains(&value) => Ok(value),
+        _ => Err("expected a number, 0 or more and below 1".to_owned()),
     }
 }
 

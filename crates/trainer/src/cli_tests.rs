@@ -48,7 +48,22 @@ fn commands_take_a_configuration_or_a_model() {
     assert_eq!((eval.config.sets.len(), eval.device.dtype), (1, Some(Dtype::Bf16)));
     let Command::Merge(merge) = command("merge --config c.toml") else { unreachable!() };
     assert_eq!((merge.out, merge.overwrite), (None, false));
+    assert_eq!((merge.format, merge.rank, merge.tolerance), (Format::Hf, None, None));
+    let Command::Merge(merge) = command("merge --config c.toml --format peft --rank 8 --tolerance 0.1") else {
+        unreachable!()
+    };
+    assert_eq!((merge.format, merge.rank, merge.tolerance), (Format::Peft, Some(8), Some(0.1)));
     assert_eq!(command("doctor"), Command::Doctor(DoctorArgs::default()));
+    let Command::Compare(compare) = command("compare runs/a runs/b --only x,y --metric f1 --out o") else {
+        unreachable!()
+    };
+    assert_eq!((compare.paths.len(), compare.only.len(), compare.metric.as_deref()), (2, 2, Some("f1")));
+    let Command::Plan(plan) = command("plan --config c.toml --set seed=2 --device cuda --json") else { unreachable!() };
+    assert_eq!((plan.config.sets.len(), plan.device.as_deref(), plan.json), (1, Some("cuda"), true));
+    let Command::Analyze(analyze) = command("analyze runs/a --against b --data d.jsonl") else { unreachable!() };
+    assert_eq!((analyze.run.to_str(), analyze.against.as_deref()), (Some("runs/a"), Some("b")));
+    assert_eq!((analyze.tokens, analyze.directions, analyze.json), (4096, 8, false));
+    assert_eq!(refusal("analyze a --json --markdown").1, 2);
     let line = "tokenizer --corpus a.txt b.jsonl --vocab-size 300 --special <x> <y> --output o";
     let Command::Tokenizer(tokenizer) = command(line) else { unreachable!() };
     assert_eq!((tokenizer.corpus.len(), tokenizer.vocab_size, tokenizer.special.len()), (2, 300, 2));
@@ -93,6 +108,16 @@ fn usage_errors_end_with_2() {
             "merge --config c --dtype f64",
             "error: invalid value 'f64' for '--dtype <DTYPE>'   [possible values: f32, bf16, f16]",
         ),
+        ("compare", "error: the following required arguments were not provided:   <STUDY|RUN>..."),
+        ("compare s.toml --report --fresh", "error: the argument '--report' cannot be used with '--fresh'"),
+        (
+            "merge --config c --format gguf",
+            "error: invalid value 'gguf' for '--format <FORMAT>'   [possible values: hf, peft]",
+        ),
+        (
+            "merge --config c --format peft --tolerance 1",
+            "error: invalid value '1' for '--tolerance <T>': expected a number, 0 or more and below 1",
+        ),
         ("--config a.toml eval", "error: the subcommand 'eval' cannot be used with '--config <FILE>'"),
     ] {
         assert_eq!(refusal(line), (expected.to_owned(), 2), "{line}");
@@ -103,7 +128,7 @@ fn usage_errors_end_with_2() {
 fn help_and_version_end_with_0() {
     let version = parse("--version").unwrap_err();
     assert_eq!((version.to_string(), version.exit_code()), (format!("lowrank-train {VERSION}\n"), 0));
-    for name in ["", "train", "eval", "generate", "merge", "tokenizer", "doctor"] {
+    for name in ["", "train", "eval", "generate", "merge", "tokenizer", "compare", "intrinsic", "doctor"] {
         let line = format!("{name} --help");
         let help = parse(&line).unwrap_err();
         assert_eq!(help.exit_code(), 0);
@@ -121,7 +146,7 @@ fn the_options_are_frozen() {
     assert_eq!(options(&cli), ["config", "set", "out", "verbose"]);
     let listed: Vec<(String, Vec<String>)> =
         cli.get_subcommands().map(|command| (command.get_name().to_owned(), options(command))).collect();
-    let expected: [(&str, &[&str]); 6] = [
+    let expected: [(&str, &[&str]); 10] = [
         ("train", &["config", "set", "out"]),
         (
             "eval",
@@ -147,8 +172,45 @@ fn the_options_are_frozen() {
                 "dtype",
             ],
         ),
-        ("merge", &["config", "set", "model", "adapter", "out", "dtype", "overwrite"]),
+        (
+            "merge",
+            &[
+                "config",
+                "set",
+                "model",
+                "adapter",
+                "format",
+                "rank",
+                "tolerance",
+                "same-rank",
+                "out",
+                "dtype",
+                "overwrite",
+            ],
+        ),
         ("tokenizer", &["corpus", "vocab-size", "output", "special", "force"]),
+        ("compare", &["out", "metric", "only", "fresh", "retry", "report"]),
+        (
+            "intrinsic",
+            &[
+                "config",
+                "set",
+                "dims",
+                "from",
+                "to",
+                "seeds",
+                "metric",
+                "full-learning-rate",
+                "share",
+                "target",
+                "out",
+                "fresh",
+                "retry",
+                "report",
+            ],
+        ),
+        ("plan", &["config", "set", "device", "json", "out"]),
+        ("analyze", &["against", "data", "tokens", "directions", "json", "markdown"]),
         ("doctor", &["device"]),
     ];
     let expected: Vec<(String, Vec<String>)> = expected

@@ -5,8 +5,9 @@ use lowrank_core::optim::adamw::StepRule;
 use lowrank_models::{Batch, load, parameters};
 use lowrank_train::config::{GradientCheckpointing, RunConfig};
 use lowrank_train::optimizer;
+use lowrank_train::rates::{Kinds, Rates};
 use lowrank_train::step::StepOptions;
-use lowrank_train::train_loop::{Rates, StepPlan, optimizer_step};
+use lowrank_train::train_loop::{StepPlan, optimizer_step};
 
 const VOCAB: u64 = 96;
 const STEPS: u64 = 200;
@@ -81,7 +82,9 @@ fn every_parameter_has_its_rate() {
     let rate = |table: &str, name: &str, is_managed: bool| {
         let mut config = RunConfig { optimizer: toml::from_str(table).unwrap(), ..RunConfig::default() };
         config.training.lr_scheduler = lowrank_train::config::Scheduler::Constant;
-        Rates::new(&config, 10).unwrap().rule(name, is_managed, 0, 1.0).learning_rate
+        let linear = ["model.layers.0.self_attn.q_proj", "model.layers.0.mlp.up_proj"].map(str::to_owned).into();
+        let kinds = Kinds { linear, ..Kinds::default() };
+        Rates::new(&config, 10, kinds).unwrap().rule(name, is_managed, 0, 1.0).learning_rate
     };
     let (linear, embedding) = ("model.layers.0.self_attn.q_proj.weight", "model.embed_tokens.weight");
     let galore = "galore = { learning_rate = 0.5, plain_learning_rate = 0.25 }";

@@ -71,18 +71,24 @@ struct Scene {
 impl Scene {
     /// Adds what all runs of this file share to the tables of one test.
     fn new(tables: &str) -> Self {
+        let smoke = |file: &str| format!("data/smoke/{file}");
+        Self::of("causal_lm", ["tiny-llama", &smoke("completion.jsonl"), &smoke("eval.jsonl")], tables)
+    }
+
+    /// The same for any task, from a tiny model, its training and its held-out data.
+    fn of(task: &str, [model, train, eval]: [&str; 3], tables: &str) -> Self {
         static ALONE: Mutex<()> = Mutex::new(());
         let alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
         let folder = TempDir::new().unwrap();
         let repository = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..").canonicalize().unwrap();
         let path = |below: &str| format!("{:?}", repository.join(below).display().to_string());
         let config = format!(
-            "base_model = {}\ndevice = \"cpu\"\nseed = 7\n{tables}\n\
+            "task = \"{task}\"\nbase_model = {}\ndevice = \"cpu\"\nseed = 7\n{tables}\n\
              [data]\ntrain = {}\neval = {}\nmax_seq_length = 64\n\
              [logging]\nlogging_steps = 1\n[evaluation]\ngenerate = false\n",
-            path("crates/testkit/goldens/models/tiny-llama"),
-            path("data/smoke/completion.jsonl"),
-            path("data/smoke/eval.jsonl"),
+            path(&format!("crates/testkit/goldens/models/{model}")),
+            path(train),
+            path(eval),
         );
         fs::write(folder.path().join("config.toml"), config).unwrap();
         Self { folder, _alone: alone }
@@ -256,6 +262,86 @@ fn killed_runs_of_every_low_rank_method_give_the_same_bits() {
             scene.finish("killed", &[RESUME]);
             scene.assert_same("killed", "whole", &["model/model.safetensors"]);
         }
+    }
+}
+
+/// Adapters whose start looks at the weights (or at data) take it from the checkpoint; the others start again from the seed. Over
+/// a quantised base, what a start took out of the weights is quantised again.
+#[test]
+fn killed_runs_of_every_adapter_give_the_same_bits() {
+    const NF4: &str = "[quantization.nf4]";
+    let adapters = [
+        ("dora = { r = 4, lora_dropout = 0.1 }", ""),
+        ("pissa = { r = 4 }", ""),
+        ("pissa = { r = 4, niter = 2 }", NF4),
+        ("olora = { r = 4 }", ""),
+        ("corda = { r = 4, corda_method = \"kpm\" }", "[calibration]\nsamples = 4"),
+        ("eora = { r = 4 }", "[calibration]\nsamples = 4\n[quantization.int4]"),
+        ("lora_xs = { r = 4, lora_alpha = 8 }", NF4),
+        ("lora_sb = { r = 4 }", "[calibration]\nsamples = 4"),
+        ("svfit = { r = 4 }", ""),
+        ("vera = { r = 16 }", "[quantization.int8]"),
+        ("randlora = { r = 8, randlora_dropout = 0.1 }", ""),
+        ("tucker = { r_in = 4, r_out = 3 }", ""),
+        ("hra = { r = 4 }", NF4),
+        ("oft = { oft_block_size = 8 }", ""),
+    ];
+    for (adapter, tables) in adapters {
+        let scene = Scene::new(&format!("[adapter]\n{adapter}\n{tables}\n[optimizer.adamw]\n{LOW_RANK}"));
+        scene.finish("whole", &[]);
+        for line in [3, 9] {
+            let mut child = scene.start("killed", &[RESUME]);
+            scene.wait_for_lines("killed", &mut child, line);
+            std::thread::sleep(Duration::from_millis(3));
+            assert!(kill(&mut child), "{adapter}: the kill at line {line} came after the end");
+        }
+        scene.finish("killed", &[RESUME]);
+        scene.assert_same("killed", "whole", &ADAPTER);
+    }
+}
+
+/// Adapter with dropout on a classifier, an epoch that ends within the run, evaluations with scores.
+const CLASSIFIER: &str = r#"
+[adapter.lora]
+r = 4
+lora_dropout = 0.1
+
+[optimizer.adamw]
+learning_rate = 5e-3
+
+[training]
+max_steps = 40
+micro_batch_size = 3
+gradient_accumulation_steps = 2
+eval_steps = 8
+save_steps = 3
+save_total_limit = 2
+"#;
+
+/// A classifier of sentences, and one of images, which are decoded ahead and half of them mirrored.
+#[test]
+fn killed_classifiers_give_the_same_bits() {
+    let flip = format!("{CLASSIFIER}[classification]\nrandom_flip = true\n");
+    let labelled = ["tiny-bert", "data/smoke/labelled.jsonl", "data/smoke/labelled-eval.jsonl"];
+    let images = ["tiny-vit", "data/smoke/images/train", "data/smoke/images/eval"];
+    let scenes = [("sequence_classification", labelled, CLASSIFIER), ("image_classification", images, flip.as_str())];
+    for (task, files, tables) in scenes {
+        let scene = Scene::of(task, files, tables);
+        scene.finish("whole", &[]);
+        for line in [2, 9, 20] {
+            let mut child = scene.start("killed", &[RESUME]);
+            scene.wait_for_lines("killed", &mut child, line);
+            assert!(kill(&mut child), "{task}: the kill at line {line} came after the end");
+        }
+        scene.finish("killed", &[RESUME]);
+        scene.assert_same("killed", "whole", &["adapter/classes.json", ADAPTER[0], ADAPTER[1]]);
+        let settings = fs::read_to_string(scene.dir("whole").join(ADAPTER[1])).unwrap();
+        let settings: Value = serde_json::from_str(&settings).unwrap();
+        let kind = if task == "sequence_classification" { Value::from("SEQ_CLS") } else { Value::Null };
+        assert_eq!((&settings["task_type"], &settings["modules_to_save"][0]), (&kind, &Value::from("classifier")));
+        let last = metrics(&scene.dir("whole")).pop().unwrap();
+        assert!(last["accuracy"].as_f64().is_some_and(|share| (0.0..=1.0).contains(&share)), "{last}");
+        assert_eq!(last.get("perplexity"), None);
     }
 }
 

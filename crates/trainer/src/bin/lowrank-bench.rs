@@ -9,14 +9,19 @@ use std::path::PathBuf;
 use std::time::Instant;
 
 use anyhow::Context;
+use burn::tensor::Tensor;
 use clap::{Parser, Subcommand};
+use lowrank_core::adapters::Statistics;
+use lowrank_core::linalg::gaussian;
 use lowrank_core::optim::adamw::StepRule;
-use lowrank_models::hf::{Dtype, OutTensor, peft, write_safetensors};
-use lowrank_models::{Batch, Decoder, Inputs, adapters, hf, load, parameters, save};
-use lowrank_train::config::{Dtype as RunDtype, GradientCheckpointing, ProgressStyle, RunConfig};
+use lowrank_models::hf::{Dtype, OutTensor, write_safetensors};
+use lowrank_models::{Batch, Decoder, Inputs, Network, adapters, load, parameters, save};
+use lowrank_train::attach;
+use lowrank_train::calibrate::Measured;
+use lowrank_train::config::{AdapterConfig, Dtype as RunDtype, GradientCheckpointing, ProgressStyle, RunConfig};
 use lowrank_train::metrics::process_memory;
 use lowrank_train::session::Session;
-use lowrank_train::step::{StepOptions, default_head_chunk};
+use lowrank_train::step::StepOptions;
 use lowrank_train::train_loop::{StepPlan, optimizer_step};
 use lowrank_train::{device, optimizer};
 
@@ -50,6 +55,10 @@ enum Command {
         /// Train the whole model with this optimiser, as in a configuration: `galore = { rank = 128 }`. Without it: LoRA.
         #[arg(long)]
         optimizer: Option<String>,
+        /// Train this adapter, as in a configuration: `dora = { r = 16 }`. Without it: LoRA of rank 16. What a calibration pass
+        /// would measure is made up, which changes no time.
+        #[arg(long, conflicts_with = "optimizer")]
+        adapter: Option<String>,
         /// Start from random weights: the model needs nothing but its config.json.
         #[arg(long)]
         random: bool,
@@ -82,6 +91,7 @@ fn main() -> anyhow::Result<()> {
             checkpointing,
             device,
             optimizer,
+            adapter,
             random,
             dtype,
         } => {
@@ -89,7 +99,7 @@ fn main() -> anyhow::Result<()> {
             let dtype = if dtype == "bf16" { RunDtype::Bf16 } else { RunDtype::F32 };
             let (decoder, device) = model_of(&model, &device, dtype, random)?;
             let work = Work { rows: batch, cols: seq, warmup, steps, checkpointing: checkpointing == "block" };
-            time_steps(decoder, &device, optimizer.as_deref(), work)
+            time_steps(decoder, &device, optimizer.as_deref(), adapter.as_deref(), work)
         }
         Command::Logits { model, adapter, ids, out } => write_logits(&model, adapter, ids, &out),
     }
@@ -132,8 +142,35 @@ fn model_of(model: &str, device: &str, dtype: RunDtype, random: bool) -> anyhow:
     Ok((decoder, device.description))
 }
 
+/// The adapter that is timed where none is named.
+const DEFAULT_ADAPTER: &str = "lora = { r = 16, lora_alpha = 32 }";
+
+fn attach_adapter(decoder: &mut Decoder, config: &RunConfig, adapter: &AdapterConfig) -> anyhow::Result<()> {
+    let settings = attach::settings(config, adapter)?;
+    let device = decoder.device();
+    let mut measured = Measured::new();
+    for (module, [d_in, d_out]) in adapters::targets(decoder, &settings) {
+        let statistics = Statistics {
+            covariance: Some(Tensor::eye(d_in, &device)),
+            gradient: Some(gaussian(0, &module, d_in, d_out, 1.0, &device)),
+            samples: 1,
+        };
+        if attach::needs_calibration(&settings.method) {
+            measured.insert(module, statistics);
+        }
+    }
+    attach::fresh(decoder, settings, &measured, std::path::Path::new(""), 0, ProgressStyle::None)?;
+    Ok(())
+}
+
 /// Random tokens, every position a target, no clipping: the work of `scripts/bench/peer_cpu.py`.
-fn time_steps(mut decoder: Decoder, device: &str, optimizer: Option<&str>, work: Work) -> anyhow::Result<()> {
+fn time_steps(
+    mut decoder: Decoder,
+    device: &str,
+    optimizer: Option<&str>,
+    adapter: Option<&str>,
+    work: Work,
+) -> anyhow::Result<()> {
     let Work { rows, cols, warmup, steps, checkpointing } = work;
     let mut config = RunConfig::default();
     (config.training.micro_batch_size, config.data.max_seq_length) = (rows, cols);
@@ -143,8 +180,8 @@ fn time_steps(mut decoder: Decoder, device: &str, optimizer: Option<&str>, work:
             decoder = parameters::set_trained(decoder, |_| Some(true));
         }
         None => {
-            let lora = hf::AdapterConfig::new(16, 32.0, peft::Modules::AllLinear);
-            adapters::attach_lora(&mut decoder, &lora, 0)?;
+            let adapter = toml::from_str(adapter.unwrap_or(DEFAULT_ADAPTER)).context("--adapter")?;
+            attach_adapter(&mut decoder, &config, &adapter)?;
         }
     }
     let mut state = optimizer::build(&config, &mut decoder)?;
@@ -159,7 +196,7 @@ fn time_steps(mut decoder: Decoder, device: &str, optimizer: Option<&str>, work:
         })
         .collect();
     let mode = if checkpointing { GradientCheckpointing::Block } else { GradientCheckpointing::None };
-    let options = StepOptions { checkpointing: mode, head_chunk_tokens: default_head_chunk(vocab), seed: 0 };
+    let options = StepOptions { checkpointing: mode, head_chunk_tokens: decoder.default_head_chunk(), seed: 0 };
     let (mut times, mut loss, mut gradient_bytes, mut first_refresh) = (vec![], 0.0, 0, 0.0);
     for step in 0..warmup + steps {
         let batch = &batches[step % 4];
@@ -183,7 +220,7 @@ fn time_steps(mut decoder: Decoder, device: &str, optimizer: Option<&str>, work:
     let mut timed = times.split_off(warmup.min(times.len() - 1));
     timed.sort_by(f64::total_cmp);
     let median = timed[timed.len() / 2];
-    let what = optimizer.unwrap_or("LoRA r=16");
+    let what = optimizer.or(adapter).unwrap_or("LoRA r=16");
     let line = serde_json::json!({
         "program": format!("lowrank, {what}, gradient_checkpointing = {}", if checkpointing { "block" } else { "none" }),
         "s_per_step": median,

@@ -2,16 +2,16 @@
 
 use std::sync::Arc;
 
+use lowrank_models::Network;
 use serde_json::json;
 
-use super::train::data_problem;
 use crate::cli::EvalArgs;
-use crate::config::ProgressStyle;
+use crate::config::{ProgressStyle, Task};
 use crate::data::{self, Evaluation, LoaderConfig, Paths};
 use crate::error::Problem;
 use crate::evaluate;
 use crate::progress::Phase;
-use crate::step::default_head_chunk;
+use crate::task::data_problem;
 
 /// Runs the command and prints its result as JSON.
 ///
@@ -29,6 +29,9 @@ pub fn run(args: &EvalArgs) -> anyhow::Result<()> {
     };
     if let Some(count) = args.max_samples {
         config.evaluation.num_samples = Some(count as usize);
+    }
+    if config.task != Task::CausalLm {
+        return super::classify::evaluate(&config, args, &paths);
     }
     let session = super::open(&config, &args.model, args.device.device.as_deref(), args.device.dtype)?;
     let cache = data::default_cache_folder();
@@ -48,8 +51,7 @@ pub fn run(args: &EvalArgs) -> anyhow::Result<()> {
     )
     .map_err(data_problem)?;
     let phase = Phase::start(ProgressStyle::Auto, "loss");
-    let chunk =
-        config.training.head_chunk_tokens.unwrap_or_else(|| default_head_chunk(session.decoder.config.vocab_size));
+    let chunk = config.training.head_chunk_tokens.unwrap_or_else(|| session.decoder.default_head_chunk());
     let (loss, tokens) = evaluate::loss(&session.decoder, &evaluation, chunk, |done, total| phase.update(done, total));
     phase.finish();
     let mut result = json!({ "loss": loss, "perplexity": loss.exp(), "tokens": tokens });

@@ -6,6 +6,7 @@ use lowrank_models::generate::{Sampling, generate};
 use serde_json::{Value, json};
 
 use crate::cli::GenerateArgs;
+use crate::config::Task;
 use crate::error::Problem;
 use crate::session::Session;
 
@@ -15,6 +16,10 @@ use crate::session::Session;
 /// A model or adapter that cannot be used; a prompt that cannot be encoded.
 pub fn run(args: &GenerateArgs) -> anyhow::Result<()> {
     let config = super::configuration(&args.config)?;
+    if config.task != Task::CausalLm {
+        let what = format!("task is \"{}\", and a classifier writes no text", config.task.name());
+        return Err(Problem::config(what).hint("lowrank-train eval gives its scores").into());
+    }
     let session = super::open(&config, &args.model, args.device.device.as_deref(), args.device.dtype)?;
     let mut collected = String::new();
     match &args.prompt {

@@ -1,9 +1,14 @@
 //! The subcommands, one file each.
 
+pub mod analyze;
+mod classify;
+pub mod compare;
 pub mod doctor;
 pub mod eval;
 pub mod generate;
+pub mod intrinsic;
 pub mod merge;
+pub mod plan;
 pub mod tokenizer;
 pub mod train;
 
@@ -25,6 +30,10 @@ pub fn run(command: Command) -> anyhow::Result<()> {
         Command::Generate(args) => generate::run(&args),
         Command::Merge(args) => merge::run(&args),
         Command::Tokenizer(args) => tokenizer::run(&args),
+        Command::Compare(args) => compare::run(&args),
+        Command::Intrinsic(args) => intrinsic::run(&args),
+        Command::Plan(args) => plan::run(&args),
+        Command::Analyze(args) => analyze::run(&args),
         Command::Doctor(args) => doctor::run(&args),
     }
 }

@@ -14,10 +14,10 @@ use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 use tokenizers::processors::template::TemplateProcessing;
 use tokenizers::{AddedToken, Tokenizer};
 
-use super::train::data_problem;
 use crate::cli::TokenizerArgs;
 use crate::data::{DataConfig, DataError, Paths, TextFiles};
 use crate::error::Problem;
+use crate::task::data_problem;
 
 /// The special tokens of every tokenizer made here, in the order of their ids.
 const SPECIAL: [&str; 4] = ["<unk>", "<s>", "</s>", "<pad>"];

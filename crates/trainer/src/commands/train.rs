@@ -3,23 +3,22 @@
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
-use lowrank_models::{adapters, parameters, save};
+use burn::module::Module as _;
+use lowrank_models::parameters;
 
 use crate::checkpoint::{self, Counters};
+use crate::classification::ClassifierSession;
 use crate::cli::{TrainArgs, VERSION};
-use crate::config::{self, RunConfig};
-use crate::data::{self, Evaluation, Loader, LoaderConfig, LoaderState, Prepared};
-use crate::error::{Kind, Problem};
-use crate::evaluate;
-use crate::metrics::MetricsLog;
+use crate::config::{self, RunConfig, Task};
+use crate::error::Problem;
+use crate::metrics::{MetricsLog, process_memory};
 use crate::optimizer;
+use crate::plan;
 use crate::run_dir::{RunDir, SavedCheckpoint, write_atomically};
 use crate::session::Session;
+use crate::task::{Batches, LoaderStateOf, TrainingTask};
 use crate::tensorboard::EventWriter;
 use crate::train_loop::{Outcome, Run};
-
-/// Shards of a written model hold at most this.
-const SHARD_BYTES: u64 = 5 << 30;
 
 /// Runs the command.
 ///
@@ -38,19 +37,29 @@ pub fn run(args: &TrainArgs) -> anyhow::Result<()> {
 /// # Errors
 /// As [`run`].
 pub fn train(config: &RunConfig) -> anyhow::Result<()> {
+    match config.task {
+        Task::CausalLm => train_task::<Session>(config),
+        Task::SequenceClassification | Task::ImageClassification => train_task::<ClassifierSession>(config),
+    }
+}
+
+fn train_task<T: TrainingTask>(config: &RunConfig) -> anyhow::Result<()> {
+    let at_start = process_memory().current_bytes;
     let dir = RunDir::open(&config.output_dir, &config.training.resume_from_checkpoint)?;
     let resume = dir.checkpoint_to_resume(&config.training.resume_from_checkpoint)?;
-    let mut session = Session::for_training(config)?;
+    let mut task = T::open(config, resume.as_ref().map(|saved| saved.path.as_path()))?;
     if optimizer::stores_bf16(&config.optimizer) {
-        crate::device::compute_type(config::Dtype::Bf16, &session.device)?; // or says what the device cannot do
+        crate::device::compute_type(config::Dtype::Bf16, task.device())?; // or says what the device cannot do
     }
-    let mut optimizer = optimizer::build(config, &mut session.decoder)?;
-    let prepared = prepare(config, &session)?;
-    let config_text = config::resolved_toml(config, &session.device.description)?;
-    announce(config, &session, &config_text);
-    let restored = restore(resume.as_ref(), config, &mut session, &mut optimizer)?;
+    let mut optimizer = optimizer::build(config, task.model_mut())?;
+    let data = task.read(config)?;
+    let config_text = config::resolved_toml(config, &task.device().description)?;
+    announce(config, &task, &config_text);
+    let predicted_bytes = announce_memory(config, &task).map(|bytes| bytes + at_start);
+    let restored = restore(resume.as_ref(), config, &mut task, &mut optimizer)?;
     write_atomically(&dir.config_path(), config_text.as_bytes())?;
-    let (counters, loader) = loader(config, &session, &prepared, restored)?;
+    let (counters, state) = restored.unzip();
+    let loader = task.loader(config, &data, state.as_ref())?;
     let metrics = match &resume {
         Some(saved) => MetricsLog::resume(&dir.metrics_path(), saved.step)?,
         None => MetricsLog::open(&dir.metrics_path())?,
@@ -59,27 +68,21 @@ pub fn train(config: &RunConfig) -> anyhow::Result<()> {
         true => Some(EventWriter::create(&dir.tensorboard_dir(), resume.as_ref().map(|saved| saved.step))?),
         false => None,
     };
-    let evaluation = evaluation(config, &session, &prepared)?;
-    let questions = match (&config.data.eval, config.evaluation.generate) {
-        (Some(paths), true) => evaluate::questions(&session, paths.entries(), &config.data)?,
-        _ => vec![],
-    };
-    let total_steps = total_steps(config, &loader);
-    let stop = on_signals()?;
+    let evaluation = task.evaluation(config, &data)?;
     let mut run = Run {
         config,
         config_text,
         dir,
-        session,
+        total_steps: total_steps(config, &loader),
+        task,
         loader,
         evaluation,
-        questions,
         optimizer,
-        counters,
-        total_steps,
+        counters: counters.unwrap_or_default(),
         metrics,
+        predicted_bytes,
         events,
-        stop,
+        stop: on_signals()?,
     };
     match run.train()? {
         Outcome::Interrupted => Err(Problem::interrupted(format!(
@@ -92,52 +95,46 @@ pub fn train(config: &RunConfig) -> anyhow::Result<()> {
     }
 }
 
-/// Reads and tokenises the data of the run.
-fn prepare(config: &RunConfig, session: &Session) -> Result<Prepared, Problem> {
-    let cache = data::default_cache_folder();
-    data::prepare(&config.data, &session.encoder(), config.seed, cache.as_deref()).map_err(data_problem)
-}
-
-/// A data error with its hint.
-pub(super) fn data_problem(error: data::DataError) -> Problem {
-    let hint = error.hint();
-    let problem = match (&error, error.kind()) {
-        (data::DataError::Config { .. }, _) => Problem::config("the [data] table cannot be used"),
-        (_, Kind::Config) => Problem::config("cannot read the data"),
-        _ => Problem::run("cannot read the data"),
-    };
-    let problem = problem.source(error);
-    match hint {
-        Some(hint) => problem.hint(hint),
-        None => problem,
-    }
-}
-
 /// Shows what will be run before step 0.
-fn announce(config: &RunConfig, session: &Session, config_text: &str) {
-    tracing::info!("lowrank-train {VERSION}, device {}, seed {}", session.device.description, config.seed);
-    tracing::info!("kernels: {}", crate::device::kernels(&session.device.description));
+fn announce<T: TrainingTask>(config: &RunConfig, task: &T, config_text: &str) {
+    let device = &task.device().description;
+    tracing::info!("lowrank-train {VERSION}, device {device}, seed {}", config.seed);
+    tracing::info!("kernels: {}", crate::device::kernels(device));
     for line in config_text.lines().filter(|line| !line.starts_with('#') && !line.is_empty()) {
         tracing::info!("  {line}");
     }
-    let trained: usize =
-        parameters::trained(&session.decoder).iter().map(|(_, dims)| dims.iter().product::<usize>()).sum();
-    let total = save::parameter_count(&session.decoder);
+    let trained: usize = parameters::trained(task.model()).iter().map(|(_, dims)| dims.iter().product::<usize>()).sum();
+    let total = task.model().num_params();
     let share = 100.0 * trained as f64 / total.max(1) as f64;
-    let what = match &session.adapter {
+    let what = match task.adapter() {
         Some(adapter) => format!("adapter on {} modules", adapter.attached.modules.len()),
         None => "the whole model".to_owned(),
     };
     tracing::info!("training {what}: {trained} of {total} parameters ({share:.2} %)");
 }
 
+/// Shows how much memory the run will need beside the program itself, and returns it.
+fn announce_memory<T: TrainingTask>(config: &RunConfig, task: &T) -> Option<u64> {
+    match task.predicted(config)? {
+        Ok(plan) => {
+            let peak = plan::show(plan.peak_bytes);
+            tracing::info!("predicted peak {peak} ({}): {}", plan.peak_phase.name(), plan.summary());
+            Some(plan.peak_bytes)
+        }
+        Err(problem) => {
+            tracing::warn!("memory cannot be predicted: {problem}");
+            None
+        }
+    }
+}
+
 /// Takes over a checkpoint, after telling what changed in the configuration since.
-fn restore(
+fn restore<T: TrainingTask>(
     resume: Option<&SavedCheckpoint>,
     config: &RunConfig,
-    session: &mut Session,
+    task: &mut T,
     optimizer: &mut lowrank_core::optim::Optimizer,
-) -> Result<Option<(Counters, LoaderState)>, Problem> {
+) -> Result<Option<(Counters, LoaderStateOf<T>)>, Problem> {
     let Some(saved) = resume else { return Ok(None) };
     tracing::info!("resuming from {}", saved.path.display());
     let old = std::fs::read_to_string(saved.path.join("config.toml")).ok().and_then(|text| toml::from_str(&text).ok());
@@ -149,43 +146,11 @@ fn restore(
             }
         }
     }
-    checkpoint::read(&saved.path, &mut session.decoder, optimizer).map(Some)
-}
-
-fn loader_config(config: &RunConfig, session: &Session) -> LoaderConfig {
-    LoaderConfig {
-        micro_batch_size: config.training.micro_batch_size,
-        max_seq_length: config.data.max_seq_length,
-        packing: config.data.packing,
-        shuffle: config.data.shuffle,
-        seed: config.seed,
-        pad_id: session.tokenizer.pad_id(),
-        pad_to_multiple_of: config.data.pad_to_multiple_of,
-    }
-}
-
-fn loader(
-    config: &RunConfig,
-    session: &Session,
-    prepared: &Prepared,
-    restored: Option<(Counters, LoaderState)>,
-) -> Result<(Counters, Loader), Problem> {
-    let wanted = loader_config(config, session);
-    let (counters, state) = match restored {
-        Some((counters, state)) => (counters, Some(state)),
-        None => (Counters::default(), None),
-    };
-    let loader = Loader::open(&prepared.train, wanted, state.as_ref()).map_err(data_problem)?;
-    Ok((counters, loader))
-}
-
-fn evaluation(config: &RunConfig, session: &Session, prepared: &Prepared) -> Result<Option<Evaluation>, Problem> {
-    let made = prepared.eval.clone().map(|data| Evaluation::new(data, loader_config(config, session)));
-    made.transpose().map_err(data_problem)
+    checkpoint::read(&saved.path, task.model_mut(), optimizer).map(Some)
 }
 
 /// Steps of the run: `max_steps`, or as many as the epochs need.
-fn total_steps(config: &RunConfig, loader: &Loader) -> u64 {
+fn total_steps(config: &RunConfig, loader: &impl Batches) -> u64 {
     let training = &config.training;
     match (training.max_steps, training.num_epochs) {
         (Some(steps), _) => steps,
@@ -209,22 +174,19 @@ fn on_signals() -> Result<Arc<AtomicBool>, Problem> {
 }
 
 /// Writes the adapter, or the whole model.
-fn write_result(run: &mut Run<'_>) -> Result<(), Problem> {
-    let failed = |error: &dyn std::error::Error| Problem::run(format!("cannot write the result: {error}"));
-    crate::train_loop::settle(&mut run.session.decoder, &mut run.optimizer);
-    let (session, config) = (&run.session, run.config);
-    let folder = match &session.adapter {
+fn write_result<T: TrainingTask>(run: &mut Run<'_, T>) -> Result<(), Problem> {
+    crate::train_loop::settle(run.task.model_mut(), &mut run.optimizer);
+    let (task, config) = (&run.task, run.config);
+    let folder = match task.adapter() {
         Some(adapter) => {
             let folder = run.dir.adapter_dir();
-            adapters::save_adapter(&session.decoder, &adapter.config, &adapter.attached, &config.base_model, &folder)
-                .map_err(|error| failed(&error))?;
+            task.save_adapter(adapter, &config.base_model, &folder)
+                .map_err(|error| Problem::run(format!("cannot write the result: {error}")))?;
             folder
         }
         None => {
             let folder = run.dir.model_dir();
-            let dtype = crate::session::file_dtype(config.dtype);
-            save::save_model(&session.decoder, &session.folder, &folder, dtype, SHARD_BYTES)
-                .map_err(|error| failed(&error))?;
+            task.save_model(config, &folder)?;
             folder
         }
     };

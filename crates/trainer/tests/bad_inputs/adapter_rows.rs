@@ -67,7 +67,7 @@ pub(crate) const ROWS: &[Row] = &[
     train(
         "another method",
         1,
-        &["adapter_config.json: `peft_type`: expected \"LORA\", got \"IA3\"", "hint: "],
+        &["adapter_config.json: `peft_type`: expected one of \"LORA\", ", "got \"IA3\"", "hint: "],
         |place| {
             with_key(place, "peft_type", json!("IA3"));
         },
@@ -75,9 +75,21 @@ pub(crate) const ROWS: &[Row] = &[
     train(
         "unsupported feature",
         1,
-        &["adapter_config.json: `use_dora`: is set to true, which is not supported", "hint: "],
+        &["adapter_config.json: `lora_bias`: is set to true, which is not supported", "hint: "],
         |place| {
-            with_key(place, "use_dora", json!(true));
+            with_key(place, "lora_bias", json!(true));
+        },
+    ),
+    train(
+        "table of another method",
+        2,
+        &[
+            "init_adapter = \"adapter\" holds a lora adapter, but the table is [adapter.pissa]",
+            "hint: write [adapter.lora]",
+        ],
+        |place| {
+            place.with_adapter();
+            place.config("[adapter.lora]", "[adapter.pissa]");
         },
     ),
     train("trained biases", 1, &["adapter_config.json: `bias`: expected \"none\", got \"all\"", "hint: "], |place| {

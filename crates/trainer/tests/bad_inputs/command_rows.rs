@@ -111,6 +111,20 @@ pub(crate) const ROWS: &[Row] = &[
         Workplace::with_adapter,
     ),
     row(
+        "a LoRA over an adapter",
+        "merge --model model --adapter adapter --out adapter --format peft",
+        2,
+        &["adapter already holds an adapter", "hint: choose another --out, or pass --overwrite"],
+        Workplace::with_adapter,
+    ),
+    row(
+        "a merged model of some rank",
+        "merge --model model --adapter adapter --out merged --rank 2",
+        2,
+        &["--rank, --tolerance and --same-rank are for --format peft"],
+        Workplace::with_adapter,
+    ),
+    row(
         "answers of no model",
         "generate --model nowhere --prompt a --device cpu",
         2,

@@ -8,6 +8,11 @@ fn lora(place: &Workplace, line: &str) {
     place.config("r = 4", &format!("r = 4\n{line}"));
 }
 
+/// Puts another table in the place of `[adapter.lora]`.
+fn adapter(place: &Workplace, table: &str) {
+    place.config("[adapter.lora]\nr = 4\n", table);
+}
+
 /// A row whose fault is an override.
 const fn set(name: &'static str, arguments: &'static str, says: &'static [&'static str]) -> Row {
     Row { name, prepare: |_| {}, arguments, exit_code: 2, says }
@@ -144,6 +149,82 @@ pub(crate) const ROWS: &[Row] = &[
         |place| {
             place.config("[adapter.lora]", "[adapter.lara]");
         },
+    ),
+    train(
+        "key of another adapter method",
+        2,
+        &["unknown key `lora_alpha` in [adapter.vera]", "hint: valid keys here: r, d_initial, vera_dropout"],
+        |place| adapter(place, "[adapter.vera]\nlora_alpha = 8\n"),
+    ),
+    train(
+        "two densities",
+        2,
+        &["adapter.randlora.sparse and adapter.randlora.very_sparse are both set", "keep one"],
+        |place| adapter(place, "[adapter.randlora]\nsparse = true\nvery_sparse = true\n"),
+    ),
+    train(
+        "another scale than the method's",
+        2,
+        &["adapter.lora_sb.lora_alpha is 16, must be r (8): only at a scale of 1"],
+        |place| adapter(place, "[adapter.lora_sb]\nr = 8\nlora_alpha = 16\n"),
+    ),
+    train("a block that cannot turn", 2, &["adapter.oft.oft_block_size is 1, must be at least 2"], |place| {
+        adapter(place, "[adapter.oft]\noft_block_size = 1\n");
+    }),
+    train(
+        "several ranks of 0",
+        2,
+        &[
+            "1. adapter.tucker.dropout is 1, must be at least 0 and less than 1",
+            "2. adapter.tucker.r_in is 0, must be at least 1",
+            "3. adapter.tucker.scale is 0, must be greater than 0",
+        ],
+        |place| adapter(place, "[adapter.tucker]\nr_in = 0\nscale = 0\ndropout = 1\n"),
+    ),
+    train(
+        "unknown part of the spectrum",
+        2,
+        &["`adapter.corda.corda_method`: unknown value \"kmp\"", "hint: did you mean `kpm`?"],
+        |place| adapter(place, "[adapter.corda]\ncorda_method = \"kmp\"\n"),
+    ),
+    train(
+        "a repair without a fault",
+        2,
+        &["[adapter.eora] repairs what a quantised base lost, and there is no [quantization] table"],
+        |place| adapter(place, "[adapter.eora]\nr = 4\n"),
+    ),
+    train(
+        "calibration for nothing",
+        2,
+        &["[calibration] is set, but [adapter.lora] does not: only corda, eora and lora_sb start from measured data"],
+        |place| place.config("[data]", "[calibration]\nsamples = 8\n\n[data]"),
+    ),
+    train("calibration without samples", 2, &["calibration.samples is 0, must be at least 1"], |place| {
+        adapter(place, "[adapter.corda]\nr = 4\n\n[calibration]\nsamples = 0\n");
+    }),
+    train(
+        "quantised weights that are trained",
+        2,
+        &["[quantization.nf4] holds frozen weights, but without [adapter] every weight is trained: add an adapter"],
+        |place| adapter(place, "[quantization.nf4]\n"),
+    ),
+    train(
+        "quantised twice",
+        2,
+        &["[quantization.int8] holds frozen weights, and [optimizer.q_galore] trains all of them", "q_galore.weights"],
+        |place| adapter(place, "[quantization.int8]\n\n[optimizer.q_galore]\n"),
+    ),
+    train(
+        "odd groups",
+        2,
+        &["quantization.int4.group_size is 100, must be a power of two between 32 and 4096"],
+        |place| place.config("[data]", "[quantization.int4]\ngroup_size = 100\n\n[data]"),
+    ),
+    train(
+        "unknown quantisation",
+        2,
+        &["unknown method `nf5` in [quantization]", "hint: did you mean `nf4`?"],
+        |place| place.config("[data]", "[quantization.nf5]\n\n[data]"),
     ),
     train("two adapter methods", 2, &["run.toml", "adapter"], |place| {
         place.config("[data]", "[adapter.vera]\nr = 2\n[data]")
