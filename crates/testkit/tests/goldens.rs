@@ -7,6 +7,7 @@ use lowrank_testkit::goldens::{self, Options, Outcome, Report};
 
 /// Cases that must pass; all others belong to methods that may not be there yet.
 const MUST_PASS: &[&str] = &[
+    "forward_tiny-bert",
     "forward_tiny-gemma2",
     "forward_tiny-llama",
     "forward_tiny-llama-tied",
@@ -14,9 +15,11 @@ const MUST_PASS: &[&str] = &[
     "forward_tiny-mistral",
     "forward_tiny-qwen2",
     "forward_tiny-qwen3",
+    "forward_tiny-vit",
     "full_adamw",
     "full_qwen3",
     "full_tied_wd_clip",
+    "image_vit_lora",
     "lora_all_qwen2",
     "lora_all_rslora_r8",
     "lora_attn_qwen3",
@@ -28,6 +31,11 @@ const MUST_PASS: &[&str] = &[
     "lora_patterns",
     "lora_qv_r4",
     "lora_wd_accum2_clip1",
+    "qlora_nf4_double_r8",
+    "qlora_nf4_r8",
+    "quant_nf4",
+    "seqcls_bert_full",
+    "seqcls_bert_lora",
 ];
 
 fn run_all(folder: &Path, options: &Options) -> Vec<Report> {
@@ -129,8 +137,8 @@ fn a_wrong_reference_is_noticed() {
     let report = goldens::run(folder.path(), "lora_wrong", &Options::on("cpu").unwrap());
     assert!(report.line().starts_with("failed lora_wrong: losses is off by"), "{}", report.line());
 
-    json["method"]["use_dora"] = true.into();
+    json["method"]["init_lora_weights"] = "loftq".into();
     std::fs::write(case.join("case.json"), json.to_string()).unwrap();
     let report = goldens::run(folder.path(), "lora_wrong", &Options::on("cpu").unwrap());
-    assert_eq!(report.line(), "unsupported lora_wrong: dora is not implemented yet");
+    assert_eq!(report.line(), "unsupported lora_wrong: loftq is not implemented yet");
 }

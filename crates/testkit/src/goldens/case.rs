@@ -9,7 +9,7 @@ use serde::Deserialize;
 use serde_json::{Map, Value};
 
 use super::tensors::{self, Tensors};
-use super::{Stop, failed};
+use super::{Stop, failed, start};
 
 /// A case. Keys that are not listed here are remarks.
 #[derive(Clone, Debug, Deserialize)]
@@ -23,7 +23,7 @@ pub struct Case {
     /// Folder of the model, relative to that of all cases; a remark may follow.
     #[serde(default)]
     pub model: String,
-    /// `causal_lm` is the only one so far.
+    /// `causal_lm`, `seq_cls` or `image_cls`.
     #[serde(default = "causal_lm")]
     pub task: String,
     /// Type of the weights and activations, as torch calls it.
@@ -214,6 +214,16 @@ pub struct GaloreCase {
     pub svd_sign: Option<String>,
 }
 
+/// A base whose target weights are held as NF4.
+#[derive(Clone, Copy, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Nf4Case {
+    /// Values that share a scale.
+    pub blocksize: usize,
+    /// Whether the scales are quantised too.
+    pub double_quant: bool,
+}
+
 /// Sides of the transposed gradient.
 #[derive(Clone, Copy, Debug, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -249,6 +259,8 @@ const LORA_KEYS: &[&str] = &[
     "target_modules",
     "exclude_modules",
     "use_rslora",
+    "use_dora",
+    "corda_config",
     "rank_pattern",
     "alpha_pattern",
     "modules_to_save",
@@ -258,6 +270,7 @@ const LORA_KEYS: &[&str] = &[
     "task_type",
     "inference_mode",
     "peft_type",
+    "nf4",
 ];
 /// Starts that leave the base as it is; the factors are in the case.
 const PLAIN_STARTS: &[&str] = &["gaussian", "orthogonal", "eva"];
@@ -289,7 +302,7 @@ impl Case {
         let text = std::fs::read_to_string(&path).map_err(|error| located(&error))?;
         let json: Value = serde_json::from_str(&text).map_err(|error| located(&error))?;
         match json["kind"].as_str() {
-            Some("forward" | "train" | "quant_8bit_blockwise" | "adamw_8bit") => {}
+            Some("forward" | "train" | "quant_8bit_blockwise" | "quant_4bit" | "adamw_8bit") => {}
             kind => return Err(not_yet(kind.unwrap_or("a case without a kind"))),
         }
         let case: Self = serde_json::from_value(json).map_err(|error| located(&error))?;
@@ -302,9 +315,7 @@ impl Case {
     /// It cannot; the text says what is missing.
     pub fn supported(&self) -> Result<(), Stop> {
         match self.task.as_str() {
-            "causal_lm" => {}
-            "seq_cls" => return Err(not_yet("sequence classification")),
-            "image_cls" => return Err(not_yet("image classification")),
+            "causal_lm" | "seq_cls" | "image_cls" => {}
             task => return Err(not_yet(format!("the task {task}"))),
         }
         self.compute_dtype()?;
@@ -332,14 +343,16 @@ impl Case {
             }
             Some("galore") => return self.galore().map(|_| ()),
             Some("lora") => {}
+            Some("vera" | "randlora" | "hra" | "oft" | "lora_xs" | "lora_sb" | "svfit" | "tucker") => return Ok(()),
             other => return Err(not_yet(other.unwrap_or("a method without a type"))),
         }
         match method.get("init_lora_weights") {
-            Some(Value::String(start)) if !PLAIN_STARTS.contains(&start.as_str()) => return Err(not_yet(start)),
+            Some(Value::String(start))
+                if !PLAIN_STARTS.contains(&start.as_str()) && start::residual_method(method).is_none() =>
+            {
+                return Err(not_yet(start));
+            }
             _ => {}
-        }
-        if method.get("use_dora").is_some_and(|value| !is_off(value)) {
-            return Err(not_yet("dora"));
         }
         if method.get("lora_dropout").is_some_and(|value| !is_off(value)) {
             return Err(Stop::Unsupported("torch's random masks of lora_dropout cannot be repeated".to_owned()));
@@ -349,6 +362,11 @@ impl Case {
             Some((key, _)) => Err(not_yet(key)),
             None => Ok(()),
         }
+    }
+
+    /// Whether the model is a classifier.
+    pub fn is_classification(&self) -> bool {
+        self.task != "causal_lm"
     }
 
     /// Whether the base is trained, and not an adapter.
@@ -371,6 +389,22 @@ impl Case {
             return Err(not_yet("another convention for the signs of singular vectors"));
         }
         Ok(Some(galore))
+    }
+
+    /// How the weights of the targets are held, where that is as NF4.
+    ///
+    /// # Errors
+    /// A setting that is missing or not known.
+    pub fn nf4(&self) -> Result<Option<Nf4Case>, Stop> {
+        let Some(settings) = self.method.get("nf4").filter(|value| !is_off(value)) else { return Ok(None) };
+        serde_json::from_value(settings.clone()).map(Some).map_err(not_yet)
+    }
+
+    /// Whether the method names this module by the end of its name.
+    pub fn targets(&self, module: &str) -> bool {
+        let last = module.rsplit('.').next().unwrap_or(module);
+        let names = self.method.get("target_modules").and_then(Value::as_array);
+        names.is_some_and(|names| names.iter().any(|name| name.as_str() == Some(last)))
     }
 
     /// Burn's name of the type that weights and activations have.

@@ -2,17 +2,17 @@
 
 use std::path::Path;
 
-use burn::tensor::{FloatDType, Int, Tensor, TensorData};
+use burn::tensor::{FloatDType, Tensor};
 use lowrank_models::generate::{Sampling, generate};
 use lowrank_models::hf::{ChatTemplate, Tokenizer};
 use lowrank_models::save::host_values;
-use lowrank_models::{Batch, Decoder, Inputs, load};
+use lowrank_models::{Batch, Decoder, Inputs, Network};
 use lowrank_train::evaluate::batch_loss;
-use lowrank_train::step::default_head_chunk;
 
 use super::case::{Case, ChatExample, TokenizerExample};
 use super::checks::Checks;
-use super::tensors::{self, Tensors, Values};
+use super::subject::{Subject, logits, rows};
+use super::tensors::{self, Tensors};
 use super::{Options, Stop, failed};
 
 /// How far off results may be: the case's limits on the CPU in f32, wider ones elsewhere.
@@ -48,14 +48,6 @@ impl Limits {
     }
 }
 
-/// Loads the model of a case.
-///
-/// # Errors
-/// Its files do not fit.
-pub fn load_model(case: &Case, model: &Path, options: &Options) -> Result<Decoder, Stop> {
-    load::load(model, case.compute_dtype()?, &options.device.device, &mut |_, _, _| {}).map_err(failed)
-}
-
 /// Runs a forward case.
 ///
 /// # Errors
@@ -63,7 +55,7 @@ pub fn load_model(case: &Case, model: &Path, options: &Options) -> Result<Decode
 pub fn run(case: &Case, model: &Path, options: &Options, checks: &mut Checks) -> Result<(), Stop> {
     let limits = Limits::of(case, options)?;
     check_texts(case, model, checks)?;
-    let decoder = load_model(case, model, options)?;
+    let decoder = Decoder::load(case, model, options)?;
     let tensors = case.tensors()?;
     let batch = batch(case, &tensors)?;
     let inputs = Inputs::new(&batch, &decoder.config, 0, &decoder.device());
@@ -79,7 +71,7 @@ pub fn run(case: &Case, model: &Path, options: &Options, checks: &mut Checks) ->
     }
     check_top(&decoder, &hidden, &batch, &tensors, |expected| limits.values(own, expected), checks);
     if let Some(expected) = case.expected.loss {
-        let chunk = options.head_chunk_tokens.unwrap_or(default_head_chunk(decoder.config.vocab_size));
+        let chunk = options.head_chunk_tokens.unwrap_or(decoder.default_head_chunk());
         let loss = batch_loss(&decoder, &batch, chunk) / batch.target_count().max(1) as f64;
         let limit = limits.loss(case.limit("loss_abs").unwrap_or(1e-5), expected);
         checks.add("loss", (loss - expected).abs(), limit, || format!("expected {expected}, got {loss}"));
@@ -88,7 +80,7 @@ pub fn run(case: &Case, model: &Path, options: &Options, checks: &mut Checks) ->
 }
 
 /// Texts in, ids out; conversations in, texts and ids out.
-fn check_texts(case: &Case, model: &Path, checks: &mut Checks) -> Result<(), Stop> {
+pub(super) fn check_texts(case: &Case, model: &Path, checks: &mut Checks) -> Result<(), Stop> {
     if case.tokenizer.is_empty() && case.chat.is_empty() && case.text.is_none() {
         return Ok(());
     }
@@ -134,12 +126,6 @@ fn batch(case: &Case, tensors: &Tensors) -> Result<Batch, Stop> {
     Ok(Batch::from_rows(&ids, &labels, mask.as_deref()))
 }
 
-/// A matrix as rows of whole numbers.
-pub fn rows(values: &Values) -> Vec<Vec<i32>> {
-    let width = values.shape.last().copied().unwrap_or(1).max(1);
-    values.integers().chunks(width).map(<[i32]>::to_vec).collect()
-}
-
 /// Runs the model block by block and compares `hidden.I`: the input of block I, and after the last block the normed output.
 /// They are given for the first positions of sequence 0. Returns the residual stream after the last block.
 fn check_hidden(
@@ -164,14 +150,6 @@ fn check_hidden(
     }
     check(decoder.model.layers.len(), &decoder.model.norm.forward(x.clone(), config));
     Ok(x)
-}
-
-/// Logits at these rows of the residual stream, on the host.
-pub fn logits(decoder: &Decoder, hidden: &Tensor<2>, rows: &[usize]) -> Vec<f32> {
-    let rows: Vec<i32> = rows.iter().map(|&row| row as i32).collect();
-    let count = rows.len();
-    let rows = Tensor::<1, Int>::from_data(TensorData::new(rows, [count]), &decoder.device());
-    host_values(decoder.logits(hidden.clone().select(0, rows)))
 }
 
 /// `logits_last`: all logits of the last position; `top_ids`, `top_values`: the largest of every position.

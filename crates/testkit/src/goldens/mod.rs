@@ -5,20 +5,29 @@
 //! | [`case`] | `case.json`, and which cases are within what this version can do |
 //! | [`tensors`] | the tensors of a case |
 //! | [`checks`] | measured errors beside their limits |
-//! | [`forward`] | forward passes, tokenizers, chat templates, greedy continuations |
+//! | [`subject`] | the kinds of model: how each is loaded, fed and read |
+//! | [`forward`] | forward passes of language models, tokenizers, chat templates, greedy continuations |
+//! | [`classify`] | forward passes of classifiers |
 //! | [`train`] | training runs |
+//! | [`start`] | their adapters |
 //!
 //! Whether a case is unsupported is decided by its content (task, method, optimiser), never by its name.
 
+mod bitsandbytes;
 pub mod case;
 pub mod checks;
+pub mod classify;
 pub mod forward;
 pub mod quant;
+pub mod quant4;
+pub mod start;
+pub mod subject;
 pub mod tensors;
 pub mod train;
 
 use std::path::{Path, PathBuf};
 
+use lowrank_models::{Classifier, Decoder};
 use lowrank_train::config::GradientCheckpointing;
 use lowrank_train::device::ChosenDevice;
 
@@ -155,13 +164,16 @@ fn run_case(folder: &Path, name: &str, options: &Options, checks: &mut Checks) -
     let case = Case::read(&folder.join(name))?;
     match case.kind.as_str() {
         "quant_8bit_blockwise" => return quant::run_quant8(&case, options, checks),
+        "quant_4bit" => return quant4::run(&case, options, checks),
         "adamw_8bit" => return quant::run_adamw8bit(&case, options, checks),
         _ => case.supported()?,
     }
     let model = model_folder(folder, &case.model, options)?;
-    match case.train {
-        Some(_) => train::run(&case, &model, options, checks),
-        None => forward::run(&case, &model, options, checks),
+    match (case.is_classification(), &case.train) {
+        (false, Some(_)) => train::run::<Decoder>(&case, &model, options, checks),
+        (false, None) => forward::run(&case, &model, options, checks),
+        (true, Some(_)) => train::run::<Classifier>(&case, &model, options, checks),
+        (true, None) => classify::run(&case, &model, options, checks),
     }
 }
 

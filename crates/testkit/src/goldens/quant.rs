@@ -9,13 +9,11 @@ use lowrank_core::quant::{Adam8, Blockwise8, Map, Moments8};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 
+use super::bitsandbytes::{HALF_STEP, on_grid};
 use super::case::Case;
 use super::checks::Checks;
 use super::tensors::{self, Tensors, Values};
 use super::{Options, Stop, failed};
-
-/// Half a step of the reference's grid.
-const HALF_STEP: f64 = 1.0 / 65535.0;
 
 #[derive(Deserialize)]
 struct Quant8 {
@@ -46,19 +44,13 @@ struct Optimizer {
 }
 
 /// The settings of a case that only these kinds have.
-fn settings<T: DeserializeOwned>(case: &Case) -> Result<T, Stop> {
+pub(super) fn settings<T: DeserializeOwned>(case: &Case) -> Result<T, Stop> {
     let path = case.folder.join("case.json");
     let text = std::fs::read_to_string(&path).map_err(|error| failed(format!("{}: {error}", path.display())))?;
     serde_json::from_str(&text).map_err(|error| failed(format!("{}: {error}", path.display())))
 }
 
-/// The quotient on the reference's grid, with its arithmetic.
-fn on_grid(x: f32) -> f32 {
-    let index = ((x + 1.0) * 0.5 * 65535.0 + 0.5).trunc();
-    (f64::from(index) / 65535.0 * 2.0 - 1.0) as f32
-}
-
-fn codes(values: &Values) -> Vec<u8> {
+pub(super) fn codes(values: &Values) -> Vec<u8> {
     values.data.iter().map(|code| *code as u8).collect()
 }
 

@@ -52,6 +52,7 @@ fn floats(dtype: Dtype, bytes: &[u8]) -> Option<Vec<f32>> {
     Some(match dtype {
         Dtype::F32 => each(bytes, f32::from_le_bytes),
         Dtype::F64 => each(bytes, |chunk| f64::from_le_bytes(chunk) as f32),
+        Dtype::F16 => each(bytes, |chunk| burn::tensor::f16::from_le_bytes(chunk).to_f32()),
         Dtype::BF16 => each(bytes, |[low, high]| f32::from_le_bytes([0, 0, low, high])),
         Dtype::I64 => each(bytes, |chunk| i64::from_le_bytes(chunk) as f32),
         Dtype::I32 => each(bytes, |chunk| i32::from_le_bytes(chunk) as f32),

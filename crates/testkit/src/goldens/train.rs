@@ -5,36 +5,37 @@ use std::path::Path;
 
 use lowrank_core::optim::adamw::StepRule;
 use lowrank_core::optim::{AdamForm, AdamWConfig, Galore, GaloreConfig, Optimizer, ProjType, RuleConfig};
-use lowrank_models::adapters::{self, Attached};
-use lowrank_models::hf::peft::AdapterTensor;
-use lowrank_models::hf::{AdapterConfig, Checkpoint, Dtype, OutTensor};
-use lowrank_models::save::{self, host_values};
-use lowrank_models::{Batch, Decoder, Inputs, parameters};
+use lowrank_models::adapters::{self, Attached, FileForm};
+use lowrank_models::hf::AdapterConfig;
+use lowrank_models::hf::peft::{AdapterTensor, KeyForm, Modules, Part};
+use lowrank_models::save::host_values;
+use lowrank_models::{NetworkBatch as _, parameters};
 use lowrank_train::evaluate::batch_loss;
-use lowrank_train::step::{Accumulated, Pass, StepOptions, default_head_chunk};
+use lowrank_train::step::{Accumulated, Pass, StepOptions};
 use lowrank_train::train_loop::{StepPlan, optimizer_step};
 
 use super::case::{AccumMean, Case, GaloreSide, Train};
 use super::checks::{Checks, distance, norm};
-use super::forward::{Limits, load_model, logits, rows};
+use super::forward::Limits;
+use super::subject::{Subject, values};
 use super::tensors::{self, Tensors, Values};
-use super::{Options, Stop, failed};
+use super::{Options, Stop, failed, start};
 
 /// A gradient's error may be this share of its tensor's norm, and this share of the whole gradient's: where the exact
 /// gradient of a tensor is zero (a bias of the keys), there is nothing but rounding.
 const GRADIENT_LIMITS: (f64, f64) = (1e-3, 1e-6);
 
 /// A case while it runs.
-struct Run<'a> {
+struct Run<'a, M: Subject> {
     case: &'a Case,
     train: &'a Train,
-    model: &'a Path,
+    folder: &'a Path,
     options: &'a Options,
     limits: Limits,
     step_options: StepOptions,
-    decoder: Decoder,
+    model: M,
     adapter: Option<(AdapterConfig, Attached)>,
-    batches: Vec<Batch>,
+    batches: Vec<M::Batch>,
     expected: Tensors,
 }
 
@@ -42,31 +43,31 @@ struct Run<'a> {
 ///
 /// # Errors
 /// Files that cannot be used.
-pub fn run(case: &Case, model: &Path, options: &Options, checks: &mut Checks) -> Result<(), Stop> {
+pub fn run<M: Subject>(case: &Case, folder: &Path, options: &Options, checks: &mut Checks) -> Result<(), Stop> {
     let Some(train) = &case.train else { return Err(failed("the case has no settings of training")) };
-    let mut decoder = load_model(case, model, options)?;
+    let mut model = M::load(case, folder, options)?;
     let adapter = match case.is_full() {
         true => {
-            decoder = parameters::set_trained(decoder, |_| Some(true));
+            model = parameters::set_trained(model, |_| Some(true));
             None
         }
-        false => Some(adapters::load_adapter(&mut decoder, &case.folder.join("adapter_init")).map_err(failed)?),
+        false => Some(start::attach(case, &mut model)?),
     };
     let step_options = StepOptions {
         checkpointing: options.checkpointing,
-        head_chunk_tokens: options.head_chunk_tokens.unwrap_or(default_head_chunk(decoder.config.vocab_size)),
+        head_chunk_tokens: options.head_chunk_tokens.unwrap_or(model.default_head_chunk()),
         seed: 0,
     };
     let mut run = Run {
         limits: Limits::of(case, options)?,
-        batches: batches(case, train)?,
+        batches: batches::<M>(case, train)?,
         expected: case.tensors()?,
         case,
         train,
-        model,
+        folder,
         options,
         step_options,
-        decoder,
+        model,
         adapter,
     };
     run.check_start(checks)?;
@@ -76,27 +77,21 @@ pub fn run(case: &Case, model: &Path, options: &Options, checks: &mut Checks) ->
 }
 
 /// All micro batches, in order.
-fn batches(case: &Case, train: &Train) -> Result<Vec<Batch>, Stop> {
+fn batches<M: Subject>(case: &Case, train: &Train) -> Result<Vec<M::Batch>, Stop> {
     let tensors = tensors::read(&case.folder.join(&case.batches))?;
-    let ids = tensors::get(&tensors, "input_ids")?;
     let wanted = train.steps * train.grad_accum;
-    if ids.shape.len() != 3 || ids.shape[0] < wanted {
-        return Err(failed(format!("input_ids {:?}: expected [{wanted}, batch, sequence]", ids.shape)));
+    let first = tensors.get("input_ids").map_or_else(|| tensors::get(&tensors, "labels"), Ok)?;
+    match first.shape.as_slice() {
+        &[count, height, ..] if count >= wanted => {
+            (0..wanted).map(|index| M::batch(&tensors, index * height, height)).collect()
+        }
+        shape => Err(failed(format!("the batches have the shape {shape:?}: expected [{wanted}, batch, ..]"))),
     }
-    let height = ids.shape[1];
-    let labels = tensors.get("labels").unwrap_or(ids);
-    let [ids, labels] = [ids, labels].map(rows);
-    let mask = tensors.get("attention_mask").map(rows);
-    let at = |index: usize| index * height..(index + 1) * height;
-    let batch = |index: usize| {
-        Batch::from_rows(&ids[at(index)], &labels[at(index)], mask.as_ref().map(|mask| &mask[at(index)]))
-    };
-    Ok((0..wanted).map(batch).collect())
 }
 
-impl Run<'_> {
+impl<M: Subject> Run<'_, M> {
     /// The micro batches of a step with what their losses are divided by.
-    fn step_batches(&self, step: usize) -> (&[Batch], Vec<f64>) {
+    fn step_batches(&self, step: usize) -> (&[M::Batch], Vec<f64>) {
         let accum = self.train.grad_accum;
         let batches = &self.batches[step * accum..(step + 1) * accum];
         let counts: Vec<f64> = batches.iter().map(|batch| batch.target_count() as f64).collect();
@@ -107,16 +102,24 @@ impl Run<'_> {
         (batches, denominators)
     }
 
-    /// Our name of a parameter, and its values, as the files have them.
-    fn stored_name(&self, name: &str) -> String {
-        if self.adapter.is_some() { adapters::peft_key(name) } else { name.to_owned() }
+    /// A parameter's name in the files, and whether it lies there with its axes swapped.
+    fn stored(&self, name: &str) -> (String, bool) {
+        let plain = AdapterConfig::new(1, 1.0, Modules::AllLinear);
+        let config = self.adapter.as_ref().map_or(&plain, |(config, _)| config);
+        let form = FileForm::new(&self.model, config);
+        let key = self.adapter.as_ref().and_then(|_| form.key(name)).unwrap_or_else(|| name.to_owned());
+        (key, form.is_flipped(name))
+    }
+
+    fn key_form(&self) -> KeyForm {
+        self.adapter.as_ref().map_or(KeyForm::Peft, |(config, _)| config.method.key_form())
     }
 
     /// Loss and logits on the first batch.
     fn check_first_batch(&self, what: &str, loss: Option<f64>, logits_limit: f64, checks: &mut Checks) {
         let batch = &self.batches[0];
         if let Some(expected) = loss {
-            let sum = batch_loss(&self.decoder, batch, self.step_options.head_chunk_tokens);
+            let sum = batch_loss(&self.model, batch, self.step_options.head_chunk_tokens);
             let got = sum / batch.target_count().max(1) as f64;
             let own = if what == "init" { self.first_loss_limit() } else { self.loss_limit() };
             let note = || format!("expected {expected}, got {got}");
@@ -124,9 +127,7 @@ impl Run<'_> {
         }
         if let Some(expected) = self.expected.get(&format!("logits_{what}")) {
             let positions: usize = expected.shape[expected.shape.len() - 2];
-            let inputs = Inputs::new(batch, &self.decoder.config, 0, &self.decoder.device());
-            let hidden = self.decoder.hidden(&inputs, None);
-            let got = logits(&self.decoder, &hidden, &(0..positions).collect::<Vec<_>>());
+            let got = self.model.reference_logits(batch, positions);
             let limit = self.limits.values(logits_limit, &expected.data);
             checks.largest(&format!("logits_{what}"), &expected.data, &got, limit);
         }
@@ -143,11 +144,15 @@ impl Run<'_> {
 
     fn check_start(&self, checks: &mut Checks) -> Result<(), Stop> {
         if let Some(expected) = self.case.trainable_parameters {
-            let trained = parameters::trained(&self.decoder);
+            let trained = parameters::trained(&self.model);
             let count: usize = trained.iter().map(|(_, dims)| dims.iter().product::<usize>()).sum();
             checks.equal("trainable_parameters", &expected, &count);
         }
         self.check_first_batch("init", self.case.expected.initial_loss_batch0, 1e-4, checks);
+        if let (Some((config, _)), None) = (&self.adapter, self.limits.relative) {
+            let base = M::load(self.case, self.folder, self.options)?;
+            start::check_own(self.case, config, base, &self.model, self.step_options, checks)?;
+        }
         Ok(())
     }
 
@@ -169,20 +174,20 @@ impl Run<'_> {
         let (batches, denominators) = self.step_batches(0);
         let (batches, mut accumulated) = (batches.to_vec(), Accumulated::default());
         let mut optimizer = Optimizer::adamw(AdamWConfig::default());
-        let mut pass = Pass::new(&mut self.decoder, self.step_options);
+        let mut pass = Pass::new(&mut self.model, self.step_options);
         for (index, batch) in batches.iter().enumerate() {
             pass.run(batch, denominators[index], index as u64, &mut accumulated, &mut optimizer, None);
         }
         let whole = norm(expected.values().flat_map(|values| values.data.iter().copied()));
         let mut got: BTreeMap<String, Vec<f32>> = BTreeMap::new();
         for (name, gradient) in accumulated.gradients {
-            let is_flipped = adapters::is_stored_flipped(&name);
-            let gradient = if is_flipped { gradient.transpose() } else { gradient };
-            got.insert(self.stored_name(&name), host_values(gradient));
+            let (key, flipped) = self.stored(&name);
+            got.insert(key, host_values(if flipped { gradient.transpose() } else { gradient }));
         }
         for (key, expected) in &expected {
             // peft's names in memory differ from those in its files for modules that are trained whole.
-            let key = AdapterTensor::from_key(key).map_or_else(|| key.clone(), |tensor| tensor.key());
+            let tensor = AdapterTensor::from_key(key, self.key_form());
+            let key = tensor.map_or_else(|| key.clone(), |tensor| tensor.key(self.key_form()));
             let own = norm(expected.data.iter().copied());
             let limit = (share * own + GRADIENT_LIMITS.1 * whole) / own.max(f64::MIN_POSITIVE);
             let Some(got) = got.get(&key).filter(|got| got.len() == expected.data.len()) else {
@@ -220,7 +225,7 @@ impl Run<'_> {
             rule: RuleConfig::AdamW { betas: settings.betas, eps: settings.eps, form },
             ..GaloreConfig::default()
         };
-        adapters::for_each_projection(&mut self.decoder, |module, projection| {
+        self.model.for_each_projection(&mut |module, projection| {
             if module != "lm_head" {
                 let name = format!("{module}.weight");
                 let method = Galore::new(config.clone(), &name, 0, projection.dims(), 0);
@@ -255,7 +260,7 @@ impl Run<'_> {
                 rule: &rule,
                 immediate: self.options.immediate && batches.len() == 1 && max_grad_norm == 0.0,
             };
-            let report = optimizer_step(&mut self.decoder, &mut state, &batches, &plan);
+            let report = optimizer_step(&mut self.model, &mut state, &batches, &plan);
             self.check_step(step, report.loss, report.grad_norm, checks);
         }
         Ok(())
@@ -282,7 +287,7 @@ impl Run<'_> {
         self.check_first_batch("final", self.case.expected.final_loss_batch0, logits_limit, checks);
         match &self.adapter {
             Some((config, attached)) => {
-                self.check_adapter(checks)?;
+                self.check_adapter(config, attached, checks)?;
                 self.check_round_trip(config, attached, checks)?;
                 self.check_merged(checks)
             }
@@ -291,14 +296,22 @@ impl Run<'_> {
     }
 
     /// The trained adapter against `adapter_final`: names, shapes, values.
-    fn check_adapter(&self, checks: &mut Checks) -> Result<(), Stop> {
+    fn check_adapter(&self, config: &AdapterConfig, attached: &Attached, checks: &mut Checks) -> Result<(), Stop> {
         let last = self.case.folder.join("adapter_final/adapter_model.safetensors");
         if !last.is_file() {
             return Ok(());
         }
         let last = without_base(tensors::read(&last)?);
         let first = without_base(tensors::read(&self.case.folder.join("adapter_init/adapter_model.safetensors"))?);
-        let got = values(adapters::adapter_tensors(&self.decoder));
+        let mut got = values(adapters::adapter_tensors(&self.model, config, attached));
+        if config.method.doubles_rank() {
+            let converted = self.case.folder.join("adapter_final_converted/adapter_model.safetensors");
+            if converted.is_file() {
+                let converted = tensors::read(&converted)?;
+                checks.equal("names and shapes of the converted adapter", &shapes(&converted), &shapes(&got));
+            }
+            got = start::first_halves(&got);
+        }
         checks.equal("names and shapes of the adapter", &shapes(&last), &shapes(&got));
         self.check_final(&first, &last, &got, checks);
         Ok(())
@@ -311,13 +324,8 @@ impl Run<'_> {
             return Ok(());
         }
         let last = tensors::read(&last)?;
-        let checkpoint = Checkpoint::open(self.model).map_err(failed)?;
-        let mut first = Tensors::new();
-        for name in checkpoint.names() {
-            let view = checkpoint.get(name).map_err(failed)?;
-            first.insert(name.to_owned(), Values { shape: view.shape.to_vec(), data: view.to_f32() });
-        }
-        let got = values(save::tensors(&self.decoder, Dtype::F32));
+        let first = M::stored_base(self.case, self.folder, self.options)?;
+        let got = values(self.model.stored_tensors());
         let shared = last.keys().filter(|name| got.contains_key(*name)).count();
         checks.equal("number of the model's tensors", &last.len(), &shared);
         self.check_final(&first, &last, &got, checks);
@@ -346,13 +354,17 @@ impl Run<'_> {
     fn check_round_trip(&self, config: &AdapterConfig, attached: &Attached, checks: &mut Checks) -> Result<(), Stop> {
         let folder = tempfile::tempdir().map_err(failed)?;
         let base = config.base_model_name_or_path.as_deref().unwrap_or_default();
-        adapters::save_adapter(&self.decoder, config, attached, base, folder.path()).map_err(failed)?;
+        adapters::save_adapter(&self.model, config, attached, base, folder.path()).map_err(failed)?;
         let written = tensors::read(&folder.path().join("adapter_model.safetensors"))?;
-        let held = values(adapters::adapter_tensors(&self.decoder));
+        let held = values(adapters::adapter_tensors(&self.model, config, attached));
         checks.equal("written adapter", &true, &(written == held));
-        let mut fresh = load_model(self.case, self.model, self.options)?;
+        let mut fresh = M::load(self.case, self.folder, self.options)?;
         let (read, _) = adapters::load_adapter(&mut fresh, folder.path()).map_err(failed)?;
-        checks.equal("adapter read again", &true, &(values(adapters::adapter_tensors(&fresh)) == held));
+        checks.equal(
+            "adapter read again",
+            &true,
+            &(values(adapters::adapter_tensors(&fresh, config, attached)) == held),
+        );
         let settings = |config: &AdapterConfig| {
             let rank_and_alpha = (config.r, config.lora_alpha, config.use_rslora);
             attached.modules.iter().map(|m| (rank_and_alpha, config.rank_of(m), config.alpha_of(m))).collect::<Vec<_>>()
@@ -367,10 +379,10 @@ impl Run<'_> {
         if self.limits.relative.is_some() || !self.expected.keys().any(|key| key.starts_with(MARK)) {
             return Ok(());
         }
-        let mut merged = self.decoder.clone();
+        let mut merged = self.model.clone();
         adapters::merge(&mut merged);
-        let got = values(save::tensors(&merged, Dtype::F32));
-        let base = Checkpoint::open(self.model).map_err(failed)?;
+        let got = values(merged.stored_tensors());
+        let base = M::stored_base(self.case, self.folder, self.options)?;
         for (key, expected) in &self.expected {
             let Some(name) = key.strip_prefix(MARK) else { continue };
             let got = got.get(name).filter(|got| got.shape == expected.shape);
@@ -379,22 +391,13 @@ impl Run<'_> {
                 continue;
             };
             // The delta is as far off as the factors may be, and the sum is rounded once.
-            let base = base.get(name).map_err(failed)?.to_f32();
-            let (size, delta) = (norm(expected.data.iter().copied()), distance(&expected.data, &base));
+            let base = &tensors::get(&base, name)?.data;
+            let (size, delta) = (norm(expected.data.iter().copied()), distance(&expected.data, base));
             let limit = 10.0 * self.case.limit("final_rel_l2_all").unwrap_or(1e-4) * delta + 1e-6 * size;
             checks.add("merged weights", distance(&got.data, &expected.data) / size, limit / size, || name.to_owned());
         }
         Ok(())
     }
-}
-
-/// Tensors as they would lie in a file of f32 values.
-fn values(tensors: Vec<OutTensor<'static>>) -> Tensors {
-    let value = |tensor: OutTensor<'static>| {
-        let (name, shape) = (tensor.name.clone(), tensor.shape.clone());
-        (name, Values { shape, data: lowrank_models::hf::dtype::to_f32(&(tensor.data)(), Dtype::F32) })
-    };
-    tensors.into_iter().map(value).collect()
 }
 
 fn shapes(tensors: &Tensors) -> BTreeSet<(&str, &[usize])> {
@@ -403,6 +406,8 @@ fn shapes(tensors: &Tensors) -> BTreeSet<(&str, &[usize])> {
 
 /// peft stores the base's weight beside the factors of an embedding; it is not part of the adapter.
 fn without_base(mut tensors: Tensors) -> Tensors {
-    tensors.retain(|name, _| !matches!(AdapterTensor::from_key(name), Some(AdapterTensor::BaseCopy(_))));
+    tensors.retain(|name, _| {
+        !matches!(AdapterTensor::from_key(name, KeyForm::Peft), Some(AdapterTensor { part: Part::BaseCopy, .. }))
+    });
     tensors
 }
