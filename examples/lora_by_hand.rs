@@ -6,11 +6,11 @@ use std::io::Write;
 
 use burn::module::Module;
 use burn::tensor::{Device, Tensor};
-use lowrank_core::Projection;
 use lowrank_core::adapters::lora::{Lora, LoraInit};
 use lowrank_core::optim::adamw::StepRule;
 use lowrank_core::optim::{AdamW, AdamWConfig};
 use lowrank_core::random::Stream;
+use lowrank_core::{Delta, Projection};
 use lowrank_models::parameters::{self, Named};
 
 fn main() -> anyhow::Result<()> {
@@ -21,7 +21,7 @@ fn main() -> anyhow::Result<()> {
 
     let mut projection = Projection::frozen(weight, None);
     let lora = Lora { r: 2, scale: Lora::scale(4.0, 2, false), dropout: 0.0, init: LoraInit::KaimingUniform };
-    projection.delta = Some(lora.init(16, 24, Stream::new(1, "lora"), &device));
+    projection.attach(Delta::LowRank(lora.init(16, 24, Stream::new(1, "lora"), &device)));
     let mut optimizer = AdamW::new(AdamWConfig::default());
 
     for step in 0..300 {
@@ -44,7 +44,7 @@ fn main() -> anyhow::Result<()> {
         }
     }
     projection.merge();
-    let left = (projection.weight.val() - target).abs().max().into_scalar::<f32>();
+    let left = (projection.weight.values() - target).abs().max().into_scalar::<f32>();
     writeln!(std::io::stdout(), "largest difference between the merged weight and the target: {left:.4}")?;
     Ok(())
 }

@@ -6,11 +6,13 @@
 #   scripts/bench.sh galore     LLaMA shapes with random weights, rank hidden / 4, gap 200, 8 x 256 tokens, f32, 2 threads,
 #                               median of 5 steps after 2: full AdamW and GaLore, projected and exact, against galore-torch
 #                               and torch; with what the flops of each method predict
+#   scripts/bench.sh adapters   SmolLM2-135M, every adapter at rank 16 on all linear layers, 8 x 256 tokens, f32, 2 threads,
+#                               median of 4 steps after 1, with what each costs over LoRA, against peft where it has the method
 #
-# ROUNDS (3) runs of each program; STEPS (8; galore 5), WARMUP (2), THREADS (2);
+# ROUNDS (3; adapters 2) runs of each program; STEPS (8; galore 5), WARMUP (2), THREADS (2);
 # PEERS_PYTHON: a Python with torch, transformers and peft (else .venv-peers is made, which takes about 6 GB); galore also
 # needs galore-torch, without its dependencies; LOWRANK_BENCH: a built lowrank-bench (else it is built).
-# cpu: MODEL (models/smollm2-135m-instruct).
+# cpu, adapters: MODEL (models/smollm2-135m-instruct); adapters: METHODS, PEERS (lora dora vera randlora): which, in this order.
 # galore: SHAPE (llama-130m), a folder in configs/pretrain/models; SEQ (256) and TOKENS (2048) of a step: SEQ=2048 is one
 # sequence; RANK; DEVICE (cpu): ours runs there, the peers on cuda if that is asked for and their torch has it, else on the
 # CPU; PROGRAMS (full input std exact galore-torch torch): which, in this order.
@@ -143,8 +145,42 @@ bench_galore() {
     python3 scripts/bench/table_galore.py "$model/config.json" --batch "$batch" --seq "$seq" --gap "$gap" <"$results"
 }
 
+# The table of one method at rank 16.
+adapter_table() {
+    case $1 in
+    lora | dora | pissa | olora | corda | lora_xs | lora_sb) echo "$1 = { r = 16, lora_alpha = 32 }" ;;
+    randlora) echo "randlora = { r = 16, randlora_alpha = 320 }" ;;
+    tucker) echo "tucker = { r_in = 16, r_out = 16 }" ;;
+    oft) echo "oft = { oft_block_size = 32 }" ;;
+    *) echo "$1 = { r = 16 }" ;;
+    esac
+}
+
+bench_adapters() {
+    local python='' round method methods=() peers=() model=${MODEL:-models/smollm2-135m-instruct}
+    local sizes=(--batch 8 --seq 256 --threads "$threads" --warmup "${WARMUP:-1}" --steps "${STEPS:-4}")
+    read -ra methods <<<"${METHODS:-lora dora pissa vera randlora lora_xs svfit tucker hra oft}"
+    read -ra peers <<<"${PEERS-lora dora vera randlora}"
+    rounds=${ROUNDS:-2}
+    [ -f "$model/config.json" ] || { echo "error: no checkpoint in $model; run scripts/quickstart.sh first" >&2; exit 2; }
+    [ ${#peers[@]} = 0 ] || python=$(peers_python)
+    build
+    prepare
+    for ((round = 1; round <= rounds; round++)); do
+        announce "$round"
+        for method in "${methods[@]}"; do
+            ours --model "$model" "${sizes[@]}" --adapter "$(adapter_table "$method")"
+        done
+        for method in "${peers[@]}"; do
+            peer "$python" scripts/bench/peer_cpu.py "$model" --method "$method" "${sizes[@]}"
+        done
+    done
+    python3 scripts/bench/table.py <"$results"
+}
+
 case ${1:-} in
 cpu) bench_cpu ;;
+adapters) bench_adapters ;;
 galore) bench_galore ;;
 *) usage ;;
 esac

@@ -61,6 +61,14 @@ phase_smoke() {
             failed=1
         fi
     done
+    log=runs/smoke/compare.log
+    if "$binary" compare configs/compare/adapters-smoke.toml >"$log" 2>&1; then
+        echo "passed configs/compare/adapters-smoke.toml"
+    else
+        echo "failed configs/compare/adapters-smoke.toml:"
+        sed 's/^/    /' "$log"
+        failed=1
+    fi
     return "$failed"
 }
 

@@ -1,13 +1,18 @@
 #!/usr/bin/env python3
 """Check against transformers and peft that files go both ways. Needs a Python with torch, transformers and peft.
 
-    .venv-peers/bin/python scripts/interop.py [MODEL_DIR...] [--bin FOLDER] [--tolerance 1e-4] [--keep]
+    .venv-peers/bin/python scripts/interop.py [MODEL_DIR...] [--methods dora,vera] [--bin FOLDER] [--tolerance 1e-4] [--keep]
 
 Without MODEL_DIR: the tiny models of the testkit, and models/smollm2-135m-instruct where it is. For each model:
 
 1. adapter   an adapter trained here loads in peft, and peft's logits are ours
 2. merged    the merged folder loads in transformers with the logits of base + adapter, tokenizer and chat template too
 3. continue  an adapter trained by peft goes on here through init_adapter, and the loss of its first step is peft's
+
+and for the first of the models, for every adapter method (--methods picks some):
+
+4. native    peft reads the folder of the run, where peft has the method or the folder is a plain LoRA, with our logits
+5. folded    peft reads what `merge --format peft` made of it, with our logits
 
 Prints `passed` or `failed` a line; exit status 1 if any failed. Needs target/release/lowrank-train and lowrank-bench.
 """
@@ -31,6 +36,33 @@ TINY = ("tiny-llama", "tiny-llama-tied", "tiny-qwen2", "tiny-qwen3", "tiny-mistr
 PROMPT = "A red fox sat under the apple tree and waited for 24 days."
 TEXTS = ["The river runs past the mill.", "Seven small boats left.", "Rain fell all night, and the road was gone.",
          "Nobody knew who had painted the door."]
+
+
+class Method:
+    """How one method is tried: its tables, its learning rate, whether peft reads its own folder, what merge needs."""
+
+    def __init__(self, *tables, rate=2e-3, native=True, merge=()):
+        self.tables, self.rate, self.native, self.merge = tables, rate, native, merge
+
+
+CALIBRATION = ("[calibration]", f"samples = {len(TEXTS)}", "cache = false")
+EVERYTHING = ("--tolerance", "0")  # no small LoRA: all directions, which is exact up to rounding
+METHODS = {
+    "lora": Method("[adapter.lora]", "r = 4", "lora_alpha = 8", "use_rslora = true", "[adapter.lora.rank_pattern]", "v_proj = 2"),
+    "dora": Method("[adapter.dora]", "r = 4", "lora_alpha = 8", merge=EVERYTHING),
+    "pissa": Method("[adapter.pissa]", "r = 4"),
+    "olora": Method("[adapter.olora]", "r = 4", "lora_alpha = 4"),
+    "corda": Method("[adapter.corda]", "r = 4", "lora_alpha = 4", *CALIBRATION),
+    "eora": Method("[adapter.eora]", "r = 4", "[quantization.nf4]", "block_size = 32", *CALIBRATION),
+    "lora_xs": Method("[adapter.lora_xs]", "r = 4", "lora_alpha = 8", rate=5e-2, native=False),
+    "lora_sb": Method("[adapter.lora_sb]", "r = 4", "eta = 1e-3", *CALIBRATION, native=False),
+    "svfit": Method("[adapter.svfit]", "r = 8", rate=5e-2, native=False),
+    "vera": Method("[adapter.vera]", "r = 96", rate=5e-2),
+    "randlora": Method("[adapter.randlora]", "r = 8", "randlora_alpha = 16", rate=2e-2, merge=EVERYTHING),
+    "tucker": Method("[adapter.tucker]", "r_in = 6", "r_out = 4", rate=1e-2, native=False),
+    "hra": Method("[adapter.hra]", "r = 4", rate=1e-2),
+    "oft": Method("[adapter.oft]", "oft_block_size = 16", rate=1e-2, merge=EVERYTHING),
+}
 
 
 class Failure(Exception):
@@ -70,15 +102,18 @@ def require_close(what, ours, theirs, tolerance):
     return worst
 
 
-def write_run(folder, model, **top):
+LORA = METHODS["lora"]
+
+
+def write_run(folder, model, method=LORA, **top):
     """A configuration of three steps on TEXTS, all of them in every step, and its data."""
     data = folder / "texts.jsonl"
     data.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS), encoding="utf-8")
     lines = [f"{key} = {json.dumps(str(value))}" for key, value in {
         "base_model": model, "output_dir": folder / "run", "device": "cpu", **top}.items()]
     if "init_adapter" not in top:
-        lines += ["[adapter.lora]", "r = 4", "lora_alpha = 8", "use_rslora = true"]
-    lines += ["[optimizer.adamw]", "learning_rate = 2e-3",
+        lines += method.tables
+    lines += ["[optimizer.adamw]", f"learning_rate = {method.rate}",
               "[data]", f"train = {json.dumps(str(data))}", "packing = false", "shuffle = false", "cache = false",
               "[training]", "max_steps = 3", f"micro_batch_size = {len(TEXTS)}", 'lr_scheduler = "constant"',
               "[logging]", "logging_steps = 1", 'progress = "plain"']
@@ -163,6 +198,52 @@ def check_continue(args, model, folder):
     return f"first loss {losses[0]:.6f}, peft's {expected:.6f}, then down to {losses[-1]:.6f}"
 
 
+def check_method(args, model, folder, method, ids):
+    """Trains with a method; compares our logits with what peft makes of its folder, and of the LoRA that it folds to."""
+    folder.mkdir()
+    command(args.train, "--config", write_run(folder, model, method))
+    adapter, lora = folder / "run" / "adapter", folder / "lora"
+    plain = logits_of(load_base(model), ids)
+    ours = our_logits(args.bench, model, adapter, ids, folder / "adapter.safetensors")
+    moved = float((ours - plain).abs().max())
+    if moved < 10 * args.tolerance:
+        raise Failure(f"the adapter moves the logits by {moved:.1e} only: too little to compare")
+    notes = []
+    if method.native:
+        theirs = logits_of(PeftModel.from_pretrained(load_base(model), adapter).eval(), ids)
+        notes.append(f"native logits differ by {require_close('native logits', ours, theirs, args.tolerance):.1e}")
+    command(args.train, "merge", "--model", model, "--adapter", adapter, "--out", lora, "--format", "peft", *method.merge)
+    settings = json.loads((lora / "adapter_config.json").read_text(encoding="utf-8"))
+    if settings["peft_type"] != "LORA" or settings["use_dora"] or settings["use_rslora"]:
+        raise Failure(f"the folded adapter is no plain LoRA: {settings}")
+    theirs = logits_of(PeftModel.from_pretrained(load_base(model), lora).eval(), ids)
+    notes.append(f"folded (r {settings['r']}) by {require_close('folded logits', ours, theirs, args.tolerance):.1e}")
+    # Servers that read one rank and one alpha see the same.
+    command(args.train, "merge", "--model", model, "--adapter", adapter, "--out", lora, "--format", "peft", *method.merge,
+            "--same-rank", "--overwrite")
+    settings = json.loads((lora / "adapter_config.json").read_text(encoding="utf-8"))
+    ranks = {len(value) for key, value in load_file(lora / "adapter_model.safetensors").items() if ".lora_A." in key}
+    if ranks != {settings["r"]} or settings["rank_pattern"] or settings["alpha_pattern"]:
+        raise Failure(f"--same-rank left ranks {ranks} and the patterns {settings['rank_pattern']}")
+    theirs = logits_of(PeftModel.from_pretrained(load_base(model), lora).eval(), ids)
+    require_close("logits with one rank", ours, theirs, args.tolerance)
+    return ", ".join(notes) + f" (the adapter moves them by {moved:.1e})"
+
+
+def check_methods(args, model, folder):
+    """Every method on one model; returns how many failed."""
+    ids = AutoTokenizer.from_pretrained(model)(PROMPT).input_ids
+    failed = 0
+    for name in args.methods:
+        try:
+            note = check_method(args, model, folder / name, METHODS[name], ids)
+            print(f"passed {model.name} {name}: {note}", flush=True)
+        except (Failure, OSError, KeyError, RuntimeError, ValueError) as error:
+            print(f"failed {model.name} {name}: {error}", flush=True)
+            failed += 1
+    return failed
+
+
 def check_model(args, model, folder):
     """Runs the three checks on one model; returns how many failed."""
     ids = AutoTokenizer.from_pretrained(model)(PROMPT).input_ids
@@ -193,8 +274,12 @@ def parse_args():
     target = Path(os.environ.get("CARGO_TARGET_DIR", ROOT / "target"))
     parser.add_argument("--bin", type=Path, default=target / "release", help="folder of the programs")
     parser.add_argument("--tolerance", type=float, default=1e-4)
+    parser.add_argument("--methods", type=lambda text: text.split(","), default=list(METHODS),
+                        help="adapter methods to try on the first model, with commas between them")
     parser.add_argument("--keep", action="store_true", help="keep the files and say where they are")
     args = parser.parse_args()
+    if unknown := set(args.methods) - set(METHODS):
+        parser.error(f"no method {', '.join(sorted(unknown))}; there are {', '.join(METHODS)}")
     args.train, args.bench = args.bin / "lowrank-train", args.bin / "lowrank-bench"
     for program in (args.train, args.bench):
         if not program.is_file():
@@ -216,11 +301,13 @@ def main():
         folder = scratch / model.name
         folder.mkdir()
         failed += check_model(args, model, folder)
+    first = args.models[0].resolve()
+    failed += check_methods(args, first, scratch / first.name)
     if args.keep:
         print(f"files are in {scratch}")
     else:
         shutil.rmtree(scratch)
-    print(f"{3 * len(args.models) - failed} passed, {failed} failed")
+    print(f"{3 * len(args.models) + len(args.methods) - failed} passed, {failed} failed")
     sys.exit(1 if failed else 0)
 
 

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """What peft takes for a training step on the CPU: prints one JSON line.
 
-    peer_cpu.py MODEL_DIR [--method lora|full] [--dtype f32|bf16] [--checkpointing] [--batch 2] [--seq 256] [--threads 2]
+    peer_cpu.py MODEL_DIR [--method full|lora|dora|vera|randlora] [--dtype f32|bf16] [--checkpointing] [--batch 2] [--seq 256] [--threads 2]
                           [--warmup 2] [--steps 8]
 
-LoRA r=16 on all linear layers or full AdamW, sdpa attention, torch's AdamW, random tokens. A step is forward, backward,
+Full AdamW, or an adapter of rank 16 on all linear layers, sdpa attention, torch's AdamW, random tokens. A step is forward, backward,
 update, zero. `import_rss_gib` is the part of the peak that was there once the libraries were loaded, before the model.
 """
 import argparse
@@ -21,7 +21,7 @@ def peak_rss_gib():
 
 def load(args):
     import torch
-    from peft import LoraConfig, get_peft_model
+    from peft import LoraConfig, RandLoraConfig, VeraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, logging
 
     logging.disable_progress_bar()
@@ -32,8 +32,14 @@ def load(args):
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype, attn_implementation="sdpa").train()
     if args.checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    if args.method == "lora":
-        config = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+    if args.method != "full":
+        common = {"r": 16, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+        config = {
+            "lora": lambda: LoraConfig(lora_alpha=32, **common),
+            "dora": lambda: LoraConfig(lora_alpha=32, use_dora=True, **common),
+            "vera": lambda: VeraConfig(**common),
+            "randlora": lambda: RandLoraConfig(randlora_alpha=320, **common),
+        }[args.method]()
         model = get_peft_model(model, config, autocast_adapter_dtype=False)
     return model, import_rss
 
@@ -82,7 +88,7 @@ def versions():
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
-    parser.add_argument("--method", choices=["lora", "full"], default="lora")
+    parser.add_argument("--method", choices=["full", "lora", "dora", "vera", "randlora"], default="lora")
     parser.add_argument("--dtype", choices=["f32", "bf16"], default="f32")
     parser.add_argument("--checkpointing", action="store_true", help="recompute blocks in the backward pass")
     for name, default in (("batch", 2), ("seq", 256), ("threads", 2), ("warmup", 2), ("steps", 8)):
