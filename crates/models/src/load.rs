@@ -106,7 +106,7 @@ pub(crate) fn tensor_data(checkpoint: &Checkpoint, name: &str, dtype: FloatDType
 }
 
 /// On the device in the type it has: Burn's default would be f32 whatever the data is.
-fn tensor<const D: usize>(data: TensorData, device: &Device) -> Tensor<D> {
+pub(crate) fn tensor<const D: usize>(data: TensorData, device: &Device) -> Tensor<D> {
     let dtype = data.dtype();
     Tensor::from_data(data, (device, dtype))
 }

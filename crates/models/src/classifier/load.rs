@@ -18,7 +18,7 @@ use crate::convnet::{BatchNorm, ConvStem, ResidualBlock};
 use crate::decoder::Embedding;
 use crate::encoder::{EncoderBlock, LayerNorm};
 use crate::hf::{Checkpoint, HfError};
-use crate::load::{LoadError, Progress, tensor_data};
+use crate::load::{LoadError, Progress, tensor, tensor_data};
 use crate::series::Series;
 use crate::vit::PatchStem;
 
@@ -169,7 +169,7 @@ impl<F: FnMut(&TensorSpec) -> Result<TensorData, LoadError>> Maker<'_, F> {
         let wanted = |kind: &Kind| matches!(kind, Kind::Linear { .. } | Kind::Patches { .. });
         self.series(segment, wanted, |kind, data, device| {
             let weight = matrix(kind, data[0].clone(), device).transpose();
-            Projection::frozen(weight, data.get(1).map(|bias| Tensor::from_data(bias.clone(), device)))
+            Projection::frozen(weight, data.get(1).map(|bias| tensor(bias.clone(), device)))
         })
     }
 
@@ -178,7 +178,7 @@ impl<F: FnMut(&TensorSpec) -> Result<TensorData, LoadError>> Maker<'_, F> {
             segment,
             |kind| matches!(kind, Kind::Norm { .. }),
             |_, data, device| {
-                let [weight, bias] = [0, 1].map(|index| Tensor::from_data(data[index].clone(), device));
+                let [weight, bias] = [0, 1].map(|index| tensor(data[index].clone(), device));
                 LayerNorm::frozen(weight, bias)
             },
         )
@@ -189,7 +189,7 @@ impl<F: FnMut(&TensorSpec) -> Result<TensorData, LoadError>> Maker<'_, F> {
             segment,
             |kind| matches!(kind, Kind::Table { .. }),
             |_, data, device| Embedding {
-                weight: Param::from_tensor(Tensor::from_data(data[0].clone(), device)).set_require_grad(false),
+                weight: Param::from_tensor(tensor(data[0].clone(), device)).set_require_grad(false),
                 delta: None,
             },
         )
@@ -199,7 +199,7 @@ impl<F: FnMut(&TensorSpec) -> Result<TensorData, LoadError>> Maker<'_, F> {
         self.series(
             segment,
             |kind| matches!(kind, Kind::Tokens { .. }),
-            |_, data, device| Param::from_tensor(Tensor::from_data(data[0].clone(), device)).set_require_grad(false),
+            |_, data, device| Param::from_tensor(tensor(data[0].clone(), device)).set_require_grad(false),
         )
     }
 
@@ -208,7 +208,7 @@ impl<F: FnMut(&TensorSpec) -> Result<TensorData, LoadError>> Maker<'_, F> {
             segment,
             |kind| matches!(kind, Kind::Conv { .. }),
             |kind, data, device| {
-                let conv = ConvProjection::frozen(Tensor::from_data(data[0].clone(), device), None);
+                let conv = ConvProjection::frozen(tensor(data[0].clone(), device), None);
                 match *kind {
                     Kind::Conv { kernel, stride, .. } => {
                         ConvProjection { stride: [stride; 2], padding: [kernel / 2; 2], ..conv }
@@ -223,9 +223,7 @@ impl<F: FnMut(&TensorSpec) -> Result<TensorData, LoadError>> Maker<'_, F> {
         self.series(
             segment,
             |kind| matches!(kind, Kind::BatchNorm { .. }),
-            |_, data, device| {
-                BatchNorm::frozen([0, 1, 2, 3].map(|index| Tensor::from_data(data[index].clone(), device)))
-            },
+            |_, data, device| BatchNorm::frozen([0, 1, 2, 3].map(|index| tensor(data[index].clone(), device))),
         )
     }
 
@@ -258,10 +256,8 @@ impl<F: FnMut(&TensorSpec) -> Result<TensorData, LoadError>> Maker<'_, F> {
 /// A linear weight as it lies on disk, `[d_out, d_in]`; the kernel of patches as the matrix it is.
 fn matrix(kind: &Kind, data: TensorData, device: &Device) -> Tensor<2> {
     match kind {
-        Kind::Patches { patch, d_out } => {
-            Tensor::<4>::from_data(data, device).reshape([*d_out, patch.iter().product::<usize>()])
-        }
-        _ => Tensor::from_data(data, device),
+        Kind::Patches { patch, d_out } => tensor::<4>(data, device).reshape([*d_out, patch.iter().product::<usize>()]),
+        _ => tensor(data, device),
     }
 }
 

@@ -8,7 +8,7 @@ use lowrank_models::hf;
 use serde_json::json;
 
 use crate::cli::PlanArgs;
-use crate::config::{Purpose, RunConfig, load_for};
+use crate::config::{Purpose, RunConfig, Task, load_for};
 use crate::device::{self, ChosenDevice};
 use crate::error::Problem;
 use crate::metrics::process_memory;
@@ -24,6 +24,10 @@ pub fn run(args: &PlanArgs) -> anyhow::Result<()> {
         return Err(Problem::config("no configuration was given").hint("lowrank-train plan --config FILE").into());
     };
     let config = load_for(Purpose::Use, path, &args.config.sets)?;
+    if config.task != Task::CausalLm {
+        let what = "the memory of a classifier cannot be predicted yet, only that of a causal language model";
+        return Err(Problem::config(what).hint("the run itself logs its peak").into());
+    }
     let decoder = decoder_of(&config)?;
     let device = device::choose(args.device.as_deref().unwrap_or(&config.device))?;
     let machine = plan::machine_of(&device.description);
