@@ -20,7 +20,7 @@ pub fn host_values(tensor: Tensor<2>) -> Vec<f32> {
 
 /// Writes the model to `folder` in `dtype`, with the configuration and companion files of `origin` carried along.
 ///
-/// Deltas must be merged before ([`crate::adapters::merge`]). Shards hold at most `max_shard_bytes`.
+/// Deltas must be merged before ([`merge`](crate::adapters::merge())). Shards hold at most `max_shard_bytes`.
 ///
 /// # Errors
 /// Anything the disk refuses; files that were there before are then unchanged.

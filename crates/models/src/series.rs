@@ -2,7 +2,7 @@
 //!
 //! A parameter's path is its name for optimisers, adapters and files. Where such a name cannot be a Rust field
 //! (`attention.self.query`) or differs between families that share code, the modules lie in a [`Series`], which carries the names.
-//! Structs made of series are [`transparent`]: their own field names are no part of a path.
+//! Structs made of series are `transparent`: their own field names are no part of a path.
 
 use std::ops::{Index, IndexMut};
 use std::sync::Arc;

@@ -450,7 +450,7 @@ pub struct AnalyzeArgs {
     /// Write JSON to standard output instead of tables
     #[arg(long, conflicts_with = "markdown")]
     pub json: bool,
-    /// Write the tables to <RUN>/analysis.md too
+    /// Write the tables to analysis.md in the folder of the run too
     #[arg(long)]
     pub markdown: bool,
 }

@@ -5,7 +5,7 @@
 //! | `mod.rs` | attaching: targets, modules that are trained whole, tied heads |
 //! | [`start`] | the adapter of one module, fresh or empty for what a folder holds |
 //! | [`files`] | folders: parameters to keys and shapes of the tensor file, and back |
-//! | [`mod@merge`] | adapters into weights |
+//! | `merge.rs` | adapters into weights |
 
 pub mod files;
 pub mod merge;

@@ -1,6 +1,6 @@
 //! From the configuration of a run and the `config.json` of its model to what decides its memory. No weight is read.
 //!
-//! A new adapter adds an arm to [`adapter_of`]: which factors it has, of what sizes, and which of them are trained. A new
+//! A new adapter adds an arm to `adapter_of`: which factors it has, of what sizes, and which of them are trained. A new
 //! optimiser adds one in `optimizers.rs`.
 
 use lowrank_models::config::DecoderConfig;

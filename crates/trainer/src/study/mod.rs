@@ -2,7 +2,7 @@
 //!
 //! | module | what it holds |
 //! | --- | --- |
-//! | [`file`] | a study file: what may be in it, and the configuration of every run (`variant`) |
+//! | [`mod@file`] | a study file: what may be in it, and the configuration of every run (`variant`) |
 //! | [`run`] | runs as processes of their own: state of a folder, start, stop, failure |
 //! | [`plan`] | what is run in which order: the search for the rate, the other seeds, the scores on test data (`work`) |
 //! | [`read`], [`group`] | run folders, of a study or not, and which of them differ only in the seed |
