@@ -32,7 +32,7 @@ mod gated;
 mod gemm;
 mod linear;
 mod lowrank_linear;
-mod merged_linear;
+pub mod merged_linear;
 pub mod packed;
 mod projected_linear;
 mod reduce;

@@ -19,16 +19,20 @@ use burn::backend::{Autodiff, tensor::FloatTensor};
 
 use crate::extension::{LowRankOps, Maybe};
 
-/// Which operands a pass differentiates.
+/// Which operands of a low-rank layer a pass differentiates.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Tracked {
+pub struct Tracked {
+    /// The input.
     pub x: bool,
+    /// A.
     pub down: bool,
+    /// B.
     pub up: bool,
 }
 
-/// Whether `V = W + s A B` saves arithmetic over the factors, for `t` rows, `W [m, n]` and rank `r`.
-pub(crate) fn is_cheaper(t: usize, m: usize, n: usize, r: usize, tracked: Tracked) -> bool {
+/// Whether [`lowrank_linear`](crate::lowrank_linear()) builds `V = W + s A B`, for a dense W without dropout: whether that saves
+/// arithmetic over the factors, for `t` rows, `W [m, n]` and rank `r`.
+pub fn is_cheaper(t: usize, m: usize, n: usize, r: usize, tracked: Tracked) -> bool {
     let [t, m, n, r] = [t, m, n, r].map(|size| size as f64);
     let passes = |needed: bool| if needed { 1.0 } else { 0.0 };
     let trains = tracked.down || tracked.up;

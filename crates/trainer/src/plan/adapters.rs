@@ -9,6 +9,8 @@
 //! | HRA | x, `x V` `[t, r]` | |
 //! | OFT | x, powers of Q: each `d_in b` values | two of `[t, d_in]` |
 
+use lowrank_kernels::merged_linear::{Tracked, is_cheaper};
+
 use super::layers::{Segment, backward_product};
 use super::ledger::{Buffer, Category};
 use super::model::{Adapter, Format, LowRank, Parameter};
@@ -60,9 +62,9 @@ impl Segment<'_> {
     ) -> Value {
         let [m, n] = weight.dims;
         let w = self.operand(weight);
-        let tracked = [x.node, down.node, up.node].map(|node| node.is_some());
+        let tracked = Tracked { x: x.node.is_some(), down: down.node.is_some(), up: up.node.is_some() };
         let is_dense = matches!(weight.format, Format::Dense(_));
-        if mask.is_none() && is_dense && merges(t, [m, n], r, tracked) {
+        if mask.is_none() && is_dense && is_cheaper(t, m, n, r, tracked) {
             return self.merged(x, weight, [down, up], t);
         }
         let dropped = mask.as_ref().map(|_| self.at.scratch(self.at.width * t * m));
@@ -268,17 +270,4 @@ impl Segment<'_> {
         });
         self.dense(turned, weight, t)
     }
-}
-
-/// Whether the low-rank layer builds `W + s A B`: the count of multiply-adds of [`lowrank_kernels::lowrank_linear`].
-fn merges(t: usize, [m, n]: [usize; 2], r: usize, [x, down, up]: [bool; 3]) -> bool {
-    let [t, m, n, r] = [t, m, n, r].map(|size| size as f64);
-    let if_needed = |needed: bool, cost: f64| if needed { cost } else { 0.0 };
-    let factors = t * r * (m + n)
-        + if_needed(x || down, t * r * n)
-        + if_needed(x, t * r * m)
-        + if_needed(down, t * r * m)
-        + if_needed(up, t * r * n);
-    let builds = [true, x, down, up].into_iter().filter(|needed| *needed).count() as f64;
-    builds * r * m * n + if_needed(down || up, t * m * n) < factors
 }
