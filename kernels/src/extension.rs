@@ -1,7 +1,7 @@
 //! The operations that `lowrank` adds to a Burn backend.
 //!
 //! Every method has a default body in plain tensor operations: the reference. `Flex` (the CPU) overrides what our own loops do
-//! faster; GPU backends run the references, which Burn fuses, until a kernel replaces one. `Autodiff` adds the hand-written
+//! faster, `CubeBackend` (GPUs) what `gpu/` has a kernel for; the other operations run as references there, which Burn fuses. `Autodiff` adds the hand-written
 //! backward of each, once for all backends.
 
 use burn::backend::{Backend, ExtensionType, backend_extension, tensor::FloatTensor, tensor::IntTensor};
@@ -151,13 +151,13 @@ pub trait LowRankOps: Backend {
     }
 
     /// See [`crate::rms_norm`].
-    #[fusion(default)]
+    #[fusion(dtype = x, shape = x)]
     fn rms_norm(x: FloatTensor<Self>, gamma: FloatTensor<Self>, eps: f32, offset: f32) -> FloatTensor<Self> {
         rms_norm::reference::<Self>(x, gamma, eps, offset)
     }
 
     /// Gradients `(dx, dgamma)` of [`crate::rms_norm`].
-    #[fusion(default)]
+    #[fusion(meta = |x, gamma, _dy, _eps, _offset| (x.clone(), gamma.clone()))]
     fn rms_norm_backward(
         x: FloatTensor<Self>,
         gamma: FloatTensor<Self>,
@@ -204,13 +204,13 @@ pub trait LowRankOps: Backend {
     }
 
     /// See [`crate::gated`].
-    #[fusion(default)]
+    #[fusion(dtype = gate, shape = gate)]
     fn gated(gate: FloatTensor<Self>, up: FloatTensor<Self>, activation: Activation) -> FloatTensor<Self> {
         gated::reference::<Self>(gate, up, activation)
     }
 
     /// Gradients `(dgate, dup)` of [`crate::gated`].
-    #[fusion(default)]
+    #[fusion(meta = |gate, up, _dy, _activation| (gate.clone(), up.clone()))]
     fn gated_backward(
         gate: FloatTensor<Self>,
         up: FloatTensor<Self>,
@@ -260,9 +260,6 @@ pub trait LowRankOps: Backend {
         reduce::reference::<Self>(x)
     }
 }
-
-#[cfg(feature = "gpu")]
-impl LowRankOps for burn_cubecl::CubeBackend {}
 
 #[cfg(feature = "flex")]
 mod flex {

@@ -13,7 +13,7 @@ use crate::LowRankOps;
 use crate::plain::Plain;
 
 /// What the gate goes through.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Activation {
     /// `x sigmoid(x)` (Llama, Mistral, Qwen).
     Silu,

@@ -22,6 +22,9 @@
 #[cfg(feature = "flex")]
 mod cpu;
 
+#[cfg(feature = "gpu")]
+mod gpu;
+
 mod extension;
 mod plain;
 
