@@ -2,11 +2,15 @@
 """Make the demo task: one English sentence in, one compact JSON object out.
 
     make_demo_data.py [FOLDER]        (default data/demo: train.jsonl, eval.jsonl, test.jsonl)
+    make_demo_data.py --notes FILE    text for a small base model (JSON lines with a field `text`)
 
 A sentence tells of an order, a meeting, a trip or an expense. The answer copies what the sentence says, with small
 normalisations: numbers as digits, weekdays in lower case, dates as MM-DD, currencies as a code. Keys have a fixed
 order, so an answer is right exactly when it equals the reference. All splits draw on the same words; no answer and no
 sentence occurs twice, within a split or across them. Same Python, same bytes: the seed is fixed.
+
+The notes teach a base model the words, and that facts are copied, but not the task: sentences that are in none of the
+splits, each followed by what it says as lines `key: value`, in any order, with other keys and without normalisation.
 """
 import json
 import random
@@ -15,6 +19,7 @@ from pathlib import Path
 
 SEED = 20240917
 SPLITS = {"train": 1600, "eval": 64, "test": 200}
+NOTES = 24000
 SYSTEM = "Answer in JSON."
 
 NAMES = """Adam Alice Amira Anna Ben Bella Boris Carla Chen Clara Daniel Diana Diego Elena Emma Erik Farah Felix Fiona
@@ -84,21 +89,24 @@ def make_order(rng):
     name, city, item, quantity = rng.choice(NAMES), rng.choice(CITIES), rng.choice(ITEMS), rng.randint(2, 40)
     count = NUMBERS[quantity - 2] if quantity <= 12 and rng.random() < 0.7 else str(quantity)
     sentence = rng.choice(ORDERS).format(name=name, city=city, count=count, items=plural(item))
-    return sentence, {"kind": "order", "name": name, "item": item, "quantity": quantity, "city": city}
+    answer = {"kind": "order", "name": name, "item": item, "quantity": quantity, "city": city}
+    return sentence, answer, {"customer": name, "how many": count, "goods": plural(item), "place": city}
 
 
 def make_meeting(rng):
     name, other = rng.sample(NAMES, 2)
     day, time = rng.choice(DAYS), f"{rng.randint(8, 18):02}:{rng.choice(['00', '15', '30', '45'])}"
     sentence = rng.choice(MEETINGS).format(name=name, other=other, day=day, time=time)
-    return sentence, {"kind": "meeting", "name": name, "with": other, "day": day.lower(), "time": time}
+    answer = {"kind": "meeting", "name": name, "with": other, "day": day.lower(), "time": time}
+    return sentence, answer, {"first": name, "second": other, "weekday": day, "hour": time}
 
 
 def make_trip(rng):
     name, (origin, goal) = rng.choice(NAMES), rng.sample(CITIES, 2)
     written, date = pick_date(rng)
     sentence = rng.choice(TRIPS).format(name=name, origin=origin, goal=goal, date=written)
-    return sentence, {"kind": "trip", "name": name, "from": origin, "to": goal, "date": date}
+    answer = {"kind": "trip", "name": name, "from": origin, "to": goal, "date": date}
+    return sentence, answer, {"traveller": name, "start": origin, "end": goal, "on": written}
 
 
 def make_expense(rng):
@@ -107,35 +115,70 @@ def make_expense(rng):
     written, date = pick_date(rng)
     money = rng.choice(CURRENCIES[currency]).format(amount)
     sentence = rng.choice(EXPENSES).format(name=name, purpose=purpose, money=money, date=written)
-    return sentence, {"kind": "expense", "name": name, "for": purpose, "amount": amount, "currency": currency, "date": date}
+    answer = {"kind": "expense", "name": name, "for": purpose, "amount": amount, "currency": currency, "date": date}
+    return sentence, answer, {"payer": name, "bought": purpose, "price": money, "when": written}
+
+
+MAKERS = [make_order, make_meeting, make_trip, make_expense]
+
+
+def capitalised(sentence):
+    return sentence[0].upper() + sentence[1:]
 
 
 def record(sentence, answer):
     return {"messages": [
         {"role": "system", "content": SYSTEM},
-        {"role": "user", "content": sentence[0].upper() + sentence[1:]},
+        {"role": "user", "content": capitalised(sentence)},
         {"role": "assistant", "content": json.dumps(answer, separators=(",", ":"))},
     ]}
 
 
-def main():
-    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).resolve().parent.parent / "data" / "demo"
-    folder.mkdir(parents=True, exist_ok=True)
+def make_splits():
+    """Records of each split, and all their sentences and answers."""
     rng = random.Random(SEED)
-    makers = [make_order, make_meeting, make_trip, make_expense]
     seen = set()
+    splits = {}
     for split, size in SPLITS.items():
-        lines = []
-        while len(lines) < size:
-            sentence, answer = makers[len(lines) % len(makers)](rng)
+        records = []
+        while len(records) < size:
+            sentence, answer, _ = MAKERS[len(records) % len(MAKERS)](rng)
             keys = {sentence, json.dumps(answer)}
             if keys & seen:
                 continue
             seen |= keys
-            lines.append(json.dumps(record(sentence, answer), ensure_ascii=False))
-        rng.shuffle(lines)
-        (folder / f"{split}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-        print(f"{folder / split}.jsonl: {size} records")
+            records.append(record(sentence, answer))
+        rng.shuffle(records)
+        splits[split] = records
+    return splits, seen
+
+
+def make_notes(seen):
+    rng = random.Random(SEED + 1)
+    notes = []
+    while len(notes) < NOTES:
+        sentence, answer, facts = rng.choice(MAKERS)(rng)
+        if {sentence, json.dumps(answer)} & seen:
+            continue
+        lines = [f"{key}: {value}" for key, value in rng.sample(list(facts.items()), len(facts))]
+        notes.append({"text": "\n".join([capitalised(sentence), *lines])})
+    return notes
+
+
+def write(path, records):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
+    print(f"{path}: {len(records)} records")
+
+
+def main():
+    splits, seen = make_splits()
+    if sys.argv[1:2] == ["--notes"]:
+        write(Path(sys.argv[2]), make_notes(seen))
+        return
+    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).resolve().parent.parent / "data" / "demo"
+    for split, records in splits.items():
+        write(folder / f"{split}.jsonl", records)
 
 
 if __name__ == "__main__":
