@@ -1,6 +1,6 @@
 //! From values in f32 to a packed weight on a device.
 
-use burn::tensor::{Device, Tensor};
+use burn::tensor::{DType, Device, Distribution, Int, Tensor};
 use lowrank_kernels::Packed;
 use lowrank_kernels::packed::{Format, Layout, Nested, Scales, scales, words};
 
@@ -102,6 +102,39 @@ impl Quantisation {
                 from_groups(&Groups::quantise_with(values, bits, self.block, Rounding::Nearest), dims, device)
             }
         }
+    }
+
+    /// A `[d_in, d_out]` weight of codes that the device draws, with scales as values of this standard deviation would have
+    /// them. Speed and memory are those of a real weight.
+    ///
+    /// # Errors
+    /// A setting that no format has.
+    pub fn drawn(&self, dims: [usize; 2], deviation: f64, device: &Device) -> Result<Packed, QuantiseError> {
+        self.check()?;
+        let layout = Layout { format: self.format, block: self.block, dims, nested: None };
+        let bits = |count: usize| {
+            let all = Distribution::Uniform(f64::from(i32::MIN), f64::from(i32::MAX));
+            Tensor::<1, Int>::random([count], all, (device, DType::I32))
+        };
+        // The largest of a block of normals is near three deviations.
+        let scale = |count, largest: f64| Tensor::full([count], largest * deviation, (device, DType::F32));
+        let (blocks, codes) = (layout.blocks(), bits(layout.words()));
+        let Some(book) = self.table() else {
+            let scales = Scales::Affine {
+                scale: scale(blocks, 6.0 / f64::from((1u32 << self.format.bits()) - 1)),
+                zero: bits(blocks.div_ceil(4)),
+            };
+            return Ok(Packed::new(layout, codes, scales));
+        };
+        let table = scales(book.values.to_vec(), device);
+        if !self.double {
+            return Ok(Packed::new(layout, codes, Scales::Table { table, scale: scale(blocks, 3.0) }));
+        }
+        let nested = Nested { block: NESTED_BLOCK, offset: (3.0 * deviation) as f32 };
+        let map = scales(Map::signed().values.to_vec(), device);
+        let absmax = scale(blocks.div_ceil(NESTED_BLOCK), 0.5);
+        let layout = Layout { nested: Some(nested), ..layout };
+        Ok(Packed::new(layout, codes, Scales::Nested { table, codes: bits(blocks.div_ceil(4)), map, absmax }))
     }
 
     /// Packs a `[d_in, d_out]` tensor.
@@ -212,6 +245,22 @@ mod tests {
             // Tables are 1088 bytes: 0.0083 bits a value of this matrix.
             assert!((bits - expected).abs() < 0.0095, "{quantisation:?}: {bits}");
         }
+    }
+
+    #[test]
+    fn drawn_weights_have_the_size_and_spread_of_real_ones() {
+        let (device, dims) = (Device::flex(), [256, 512]);
+        let real = values(dims[0] * dims[1]);
+        for quantisation in ALL {
+            let drawn = quantisation.drawn(dims, 0.02, &device).unwrap();
+            let packed = quantisation.pack(&real, dims, &device).unwrap();
+            assert_eq!((drawn.bytes(), drawn.layout().nested.is_some()), (packed.bytes(), quantisation.double));
+            let got = linalg::host(drawn.rows(0..dims[1], FloatDType::F32));
+            let deviation = (got.iter().map(|&v| f64::from(v).powi(2)).sum::<f64>() / got.len() as f64).sqrt();
+            // Codes are drawn evenly, so the values spread wider than those of a normal weight, by less than a factor of 5.
+            assert!((0.02..0.1).contains(&deviation), "{quantisation:?}: {deviation}");
+        }
+        assert!(Quantisation { block: 48, ..Quantisation::NF4 }.drawn(dims, 0.02, &device).is_err());
     }
 
     #[test]
