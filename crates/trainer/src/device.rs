@@ -64,7 +64,7 @@ fn is_hardware(device: &Device) -> bool {
 
 /// What a device is called, with the name its driver gives it.
 pub fn describe(name: &str, index: usize, device: &Device) -> String {
-    #[cfg(feature = "wgpu")]
+    #[cfg(any(feature = "wgpu", feature = "vulkan", feature = "metal", feature = "cuda"))]
     if name != "cpu"
         && let Some(identity) = device.identity()
     {

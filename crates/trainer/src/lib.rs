@@ -32,6 +32,7 @@ pub mod data;
 pub mod device;
 pub mod error;
 pub mod evaluate;
+pub mod memory;
 pub mod metrics;
 pub mod optimizer;
 pub mod plan;

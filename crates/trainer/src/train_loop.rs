@@ -16,7 +16,8 @@ use lowrank_models::{Network, NetworkBatch, parameters};
 use crate::checkpoint::{self, Counters, Exact, WriteAdapter};
 use crate::config::{OnNonFinite, RunConfig};
 use crate::error::Problem;
-use crate::metrics::{EvalLine, Line, MetricsLog, SubspaceLine, SummaryLine, TrainLine, process_memory};
+use crate::memory::MemoryWatch;
+use crate::metrics::{EvalLine, Line, MetricsLog, SubspaceLine, SummaryLine, TrainLine};
 use crate::progress::Progress;
 use crate::rates::{Kinds, Rates};
 use crate::run_dir::RunDir;
@@ -160,7 +161,9 @@ pub struct Run<'a, T: TrainingTask> {
     pub total_steps: u64,
     /// The metrics file.
     pub metrics: MetricsLog,
-    /// Predicted peak of the process, if there is a prediction.
+    /// Memory of the device, or of the process where the device has none of its own.
+    pub memory: MemoryWatch,
+    /// Predicted peak of that memory, if there is a prediction.
     pub predicted_bytes: Option<u64>,
     /// TensorBoard events.
     pub events: Option<EventWriter>,
@@ -214,7 +217,8 @@ impl<T: TrainingTask> Run<'_, T> {
                 return Ok(Outcome::Interrupted);
             }
         }
-        self.record(&Line::Summary(self.summary(ended_by, started)), &progress)?;
+        let summary = self.summary(ended_by, started);
+        self.record(&Line::Summary(summary), &progress)?;
         self.metrics.sync()?;
         progress.finish();
         Ok(Outcome::Finished(ended_by))
@@ -269,7 +273,7 @@ impl<T: TrainingTask> Run<'_, T> {
                 tokens: self.counters.tokens,
                 tokens_per_second: tokens as f64 / seconds,
                 step_ms: seconds * 1e3,
-                memory_bytes: process_memory().current_bytes,
+                memory_bytes: self.memory.read().current_bytes,
                 gradient_bytes: report.gradient_bytes as u64,
                 optimizer_bytes: self.optimizer.state_bytes() as u64,
                 subspace,
@@ -392,7 +396,7 @@ impl<T: TrainingTask> Run<'_, T> {
         Ok(())
     }
 
-    fn summary(&self, ended_by: &str, started: Instant) -> SummaryLine {
+    fn summary(&mut self, ended_by: &str, started: Instant) -> SummaryLine {
         let trained = parameters::trained(self.task.model());
         let count = |dims: &[usize]| dims.iter().product::<usize>() as u64;
         SummaryLine {
@@ -407,7 +411,7 @@ impl<T: TrainingTask> Run<'_, T> {
             trainable_parameters: trained.iter().map(|(_, dims)| count(dims)).sum(),
             total_parameters: self.task.model().num_params() as u64,
             tokens: self.counters.tokens,
-            peak_memory_bytes: process_memory().peak_bytes,
+            peak_memory_bytes: self.memory.read().peak_bytes,
             predicted_peak_memory_bytes: self.predicted_bytes,
             wall_seconds: started.elapsed().as_secs_f64(),
         }

@@ -11,6 +11,7 @@ use crate::classification::ClassifierSession;
 use crate::cli::{TrainArgs, VERSION};
 use crate::config::{self, RunConfig, Task};
 use crate::error::Problem;
+use crate::memory::MemoryWatch;
 use crate::metrics::{MetricsLog, process_memory};
 use crate::optimizer;
 use crate::plan;
@@ -55,7 +56,9 @@ fn train_task<T: TrainingTask>(config: &RunConfig) -> anyhow::Result<()> {
     let data = task.read(config)?;
     let config_text = config::resolved_toml(config, &task.device().description)?;
     announce(config, &task, &config_text);
-    let predicted_bytes = announce_memory(config, &task).map(|bytes| bytes + at_start);
+    let memory = MemoryWatch::new(&task.device().device);
+    let beside = if memory.is_on_device() { 0 } else { at_start };
+    let predicted_bytes = announce_memory(config, &task).map(|bytes| bytes + beside);
     let restored = restore(resume.as_ref(), config, &mut task, &mut optimizer)?;
     write_atomically(&dir.config_path(), config_text.as_bytes())?;
     let (counters, state) = restored.unzip();
@@ -80,6 +83,7 @@ fn train_task<T: TrainingTask>(config: &RunConfig) -> anyhow::Result<()> {
         optimizer,
         counters: counters.unwrap_or_default(),
         metrics,
+        memory,
         predicted_bytes,
         events,
         stop: on_signals()?,
