@@ -9,6 +9,8 @@
 //! kernel does not. Kernels are opaque to Burn's fusion; that is why only those are here that a fused reference cannot match.
 
 mod backend;
+#[cfg(all(test, feature = "codegen"))]
+mod codegen;
 mod gated;
 mod launch;
 mod rms_norm;
