@@ -255,7 +255,7 @@ bench_gpu() {
         gemm)
             gpu_program "$binary" gemm --device "$device" --dtype "$dtype" "${small[@]}"
             if [ -n "${LOWRANK_BENCH_CPP:-}" ] && [ "${device%%:*}" = cuda ]; then
-                gpu_program "$LOWRANK_BENCH_CPP" gemm --device "$device" --dtype "$dtype"
+                gpu_program env CUBECL_ENVIRONMENT=lowrank-cpp "$LOWRANK_BENCH_CPP" gemm --device "$device" --dtype "$dtype"
             fi
             [ "$python" = none ] || gpu_program "$python" scripts/bench/peer_gemm.py --device "$peer_device" "${small[@]}" \
                 --dtype "$dtype"

@@ -10,7 +10,7 @@
 //! | [`session`] | device, model, tokenizer and adapter of a run |
 //! | [`step`] | one forward and backward pass, segment by segment |
 //! | [`train_loop`], [`rates`] | the loop on one page; learning rates |
-//! | [`plan`] | how much memory a run will need |
+//! | [`plan`], [`memory`] | how much memory a run will need; how much it takes |
 //! | [`analysis`] | what training did to a model, in numbers |
 //! | [`checkpoint`] | everything a resume needs |
 //! | [`evaluate`] | loss and exact match on held-out data |
