@@ -239,6 +239,7 @@ bench_gpu() {
     read -ra parts <<<"${PARTS:-gemm kernels steps}"
     read -ra workloads <<<"${WORKLOADS:-lora-1b lora-8b qlora-8b full-350m galore-350m galore-1b full-1b}"
     if [ -n "$quick" ]; then
+        [ -n "${WORKLOADS:-}" ] || workloads=(lora-1b qlora-8b full-350m galore-350m)
         small=(--quick) dtype=${DTYPE:-f32} seq=32 peer_device=cpu
     fi
     if [ "$python" != none ] && ! "$python" -c 'import torch, transformers, peft' 2>/dev/null; then

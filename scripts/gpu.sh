@@ -118,7 +118,6 @@ keep() {
     local status=0 why
     timeout "${LIMIT:-600}" "$@" 2>"$log" | tee -a "$results" || status=$?
     [ "$status" != 0 ] || return 0
-    failures=$((failures + 1))
     tail -n 40 "$log" >&2
     why=$(grep -iE 'error|panicked|failed' "$log" | tail -n 1)
     [ "$status" != 124 ] || why="took longer than ${LIMIT:-600} s"
@@ -177,7 +176,6 @@ stage_goldens() {
     while read -r line; do
         note golden device "$1" line "$line"
     done <"$scratch/goldens"
-    [ "$status" = 0 ] || failures=$((failures + 1))
     [ "$status" -lt 2 ] || note failure command "goldens --device $1" why "status $status: $(tail -n 1 "$log")"
 }
 
@@ -187,14 +185,15 @@ stage_bench() {
     [ -x "$cpp" ] || cpp=
     [ "$1" = "${devices[0]}" ] || workloads=${WORKLOADS:-lora-1b}
     DEVICE=$1 WORKLOADS=$workloads QUICK=$quick RESULTS=$results LOWRANK_BENCH=$binaries/lowrank-bench LOWRANK_BENCH_CPP=$cpp \
-        PEERS_PYTHON=$peers scripts/bench.sh gpu >/dev/null || failures=$((failures + 1))
+        PEERS_PYTHON=$peers scripts/bench.sh gpu >/dev/null ||
+        note failure command "scripts/bench.sh gpu on $1" why "status $?"
 }
 
 find_binaries
 [ -z "$quick" ] || export CUBECL_AUTOTUNE_LEVEL=${CUBECL_AUTOTUNE_LEVEL:-minimal}
 small=()
 [ -z "$quick" ] || small=(--quick)
-devices=() failures=0
+devices=()
 choose_devices
 out=${OUT:-docs/benchmarks}
 mkdir -p "$out"
@@ -208,7 +207,7 @@ report=$out/gpu-$name.md results=$out/gpu-$name.jsonl
 describe_machine
 peers=${PEERS_PYTHON:-python3}
 if [ "$peers" != none ] && ! "$peers" -c 'import torch, transformers, peft' 2>/dev/null; then
-    note failure command "peers" why "$peers has no torch, transformers and peft: only our programs were measured"
+    note machine what Peers value "not measured, $peers has no torch, transformers and peft"
     peers=none
 fi
 # Correctness of all devices first. The peers run once, beside the first device.
@@ -221,5 +220,6 @@ for stage in ${STAGES:-check goldens bench}; do
     done
 done
 python3 scripts/bench/table_gpu.py --title "Results on ${name//-/ }" <"$results" >"$report"
+failures=$(grep -cE '"bench": ?"failure"|"ok": ?false|"line": ?"failed' "$results" || true)
 echo "$report, $SECONDS s, $failures failures"
 [ "$failures" = 0 ]
