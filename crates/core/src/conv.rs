@@ -28,7 +28,7 @@
 //! Starts: B = 0 and A as a linear LoRA's (Kaiming uniform, fan-in `in kh kw`); `G = 0` and `P_i ~ N(0, 0.5 / r_i)`. The first
 //! output is the base's to the bit. The references of Tucker form dW in every step and fail with groups; adapters here take
 //! convolutions of one group and refuse others. Ranks of rows and columns end at the size of the kernel, so that one setting
-//! serves kernels of several sizes.
+//! serves kernels of several sizes. LoRA is that of PEFT, which forgets the dilation of the base; here A has it.
 
 use burn::module::{Module, Param};
 use burn::tensor::module::conv2d;

@@ -164,7 +164,9 @@ fn merging_keeps_the_logits() {
         classifier::save(&model, &folder(), written.path(), Dtype::F32, u64::MAX).unwrap();
         let (again, fresh) =
             classifier::load(written.path(), FloatDType::F32, &Device::flex(), None, 0, &mut |_, _, _| {}).unwrap();
-        assert_eq!((logits(&again), fresh.len()), (logits(&model), 0));
+        assert!(fresh.is_empty());
+        // The head's matrix lies the other way round after reading, and is summed in another order.
+        assert!(largest_difference(&logits(&again), &before) < 1e-5 * size);
     }
 }
 
@@ -305,4 +307,11 @@ fn starts_are_those_of_linear_layers() {
     assert!((deviation(first(&lora(named(&["convolution"])))) * (3.0f32 * 147.0).sqrt() - 1.0).abs() < 0.14);
     let error = attach(&mut resnet(), &with("eva")).unwrap_err().to_string();
     assert!(error.starts_with("init_lora_weights = \"eva\" is not supported"), "{error}");
+    // A folder brings its values, however they started.
+    let (mut model, config) = (resnet(), lora(named(&["convolution"])));
+    let attached = attach(&mut model, &config).unwrap();
+    let written = tempfile::tempdir().unwrap();
+    adapters::save_adapter(&model, &with("eva"), &attached, "base", written.path()).unwrap();
+    let (read, _) = adapters::load_adapter(&mut resnet(), written.path()).unwrap();
+    assert_eq!(read.init_lora_weights, with("eva").init_lora_weights);
 }

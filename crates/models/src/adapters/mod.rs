@@ -157,7 +157,7 @@ pub fn attach<M: Network>(
         (fresh.progress)(module, done, total);
         match layer {
             Layer::Linear(projection) => start::attach(config, module, projection, &mut fresh, &shared),
-            Layer::Conv(conv) => start::convolution(config, module, conv, fresh.seed),
+            Layer::Conv(conv) => start::convolution(config, module, conv, Some(fresh.seed)),
         }
     })?;
     finish(model, config, targets, shared, Some(fresh.seed))
@@ -208,7 +208,7 @@ fn attach_empty<M: Network>(model: &mut M, config: &AdapterConfig, shared: Share
             Layer::Linear(projection) => {
                 projection.delta = Some(start::empty(config, module, projection, &shared)?);
             }
-            Layer::Conv(conv) => start::convolution(config, module, conv, 0)?,
+            Layer::Conv(conv) => start::convolution(config, module, conv, None)?,
         }
         Ok(())
     })?;

@@ -197,22 +197,23 @@ pub(super) fn attach(
     Ok(())
 }
 
-/// Puts an adapter on a convolution; one whose values come from a folder needs no seed.
+/// Puts an adapter on a convolution; without a seed its values come from a folder.
 pub(super) fn convolution(
     config: &AdapterConfig,
     module: &str,
     conv: &mut ConvProjection,
-    seed: u64,
+    seed: Option<u64>,
 ) -> Result<(), AdapterError> {
     let (scale, dropout) = (config.scale_of(module) as f32, config.lora_dropout);
     match &config.method {
         MethodConfig::Lora => {
-            let settings = LoraConvSettings { r: config.rank_of(module), scale, dropout, init: lora_init(config)? };
-            conv.attach_lora(settings, module, seed)?;
+            let init = if seed.is_some() { lora_init(config)? } else { LoraInit::default() };
+            let settings = LoraConvSettings { r: config.rank_of(module), scale, dropout, init };
+            conv.attach_lora(settings, module, seed.unwrap_or(0))?;
         }
         MethodConfig::Tucker { r_in, r_out, r_rows, r_columns, .. } => {
             let settings = TuckerConvSettings { ranks: [*r_in, *r_out, *r_rows, *r_columns], scale, dropout };
-            conv.attach_tucker(settings, module, seed)?;
+            conv.attach_tucker(settings, module, seed.unwrap_or(0))?;
         }
         method => {
             return Err(AdapterError::Convolution { method: method.name(), module: module.to_owned() });
