@@ -1,11 +1,10 @@
 //! `lowrank-bench`: what the benchmark and interoperability scripts measure.
 //!
 //! `step` times training steps of LoRA r=16 on all linear layers, or of the whole model with any optimiser, and prints one JSON
-//! line; `logits` writes the logits of a model,
-//! with an adapter or without, as safetensors.
+//! line; `logits` writes the logits of a model, with an adapter or without, as safetensors.
 
 use std::io::Write;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use anyhow::Context;
@@ -14,10 +13,12 @@ use clap::{Parser, Subcommand};
 use lowrank_core::adapters::Statistics;
 use lowrank_core::linalg::gaussian;
 use lowrank_core::optim::adamw::StepRule;
-use lowrank_models::hf::{Dtype, OutTensor, write_safetensors};
+use lowrank_models::classifier::{self, ClassifierBatch, Input, Labels};
+use lowrank_models::hf::{Checkpoint, Dtype, OutTensor, write_safetensors};
 use lowrank_models::{Batch, Decoder, Inputs, Network, adapters, load, parameters, save};
 use lowrank_train::attach;
 use lowrank_train::calibrate::Measured;
+use lowrank_train::classification::stored_classes;
 use lowrank_train::config::{AdapterConfig, Dtype as RunDtype, GradientCheckpointing, ProgressStyle, RunConfig};
 use lowrank_train::metrics::process_memory;
 use lowrank_train::session::Session;
@@ -65,14 +66,17 @@ enum Command {
         #[arg(long, default_value = "f32", value_parser = ["f32", "bf16"])]
         dtype: String,
     },
-    /// Write the logits of one sequence
+    /// Write the logits of one sequence, or of images
     Logits {
         #[arg(long)]
         model: String,
         #[arg(long)]
         adapter: Option<PathBuf>,
-        #[arg(long, value_delimiter = ',')]
+        #[arg(long, value_delimiter = ',', required_unless_present = "pixels")]
         ids: Vec<i32>,
+        /// A safetensors file with `pixel_values`, `[images, channels, height, width]`, for a classifier of images.
+        #[arg(long, conflicts_with = "ids")]
+        pixels: Option<PathBuf>,
         #[arg(long)]
         out: PathBuf,
     },
@@ -101,7 +105,10 @@ fn main() -> anyhow::Result<()> {
             let work = Work { rows: batch, cols: seq, warmup, steps, checkpointing: checkpointing == "block" };
             time_steps(decoder, &device, optimizer.as_deref(), adapter.as_deref(), work)
         }
-        Command::Logits { model, adapter, ids, out } => write_logits(&model, adapter, ids, &out),
+        Command::Logits { model, adapter, pixels: Some(pixels), out, .. } => {
+            save_logits(class_logits(&model, adapter.as_deref(), &pixels)?, &out)
+        }
+        Command::Logits { model, adapter, ids, out, .. } => save_logits(token_logits(&model, adapter, ids)?, &out),
     }
 }
 
@@ -109,13 +116,34 @@ fn one_row(ids: Vec<i32>) -> Batch {
     Batch::from_rows(&[ids], &[], None)
 }
 
-fn write_logits(model: &str, adapter: Option<PathBuf>, ids: Vec<i32>, out: &std::path::Path) -> anyhow::Result<()> {
+fn token_logits(model: &str, adapter: Option<PathBuf>, ids: Vec<i32>) -> anyhow::Result<Tensor<2>> {
     let mut session = Session::open(model, "cpu", RunDtype::F32, ProgressStyle::None)?;
     if let Some(folder) = adapter {
         session.load_adapter(&folder)?;
     }
     let inputs = Inputs::new(&one_row(ids), &session.decoder.config, 0, &session.device.device);
-    let logits = session.decoder.logits(session.decoder.hidden(&inputs, None));
+    Ok(session.decoder.logits(session.decoder.hidden(&inputs, None)))
+}
+
+fn class_logits(model: &str, adapter: Option<&Path>, pixels: &Path) -> anyhow::Result<Tensor<2>> {
+    let device = device::choose("cpu")?;
+    let compute = device::compute_type(RunDtype::F32, &device)?;
+    let classes = adapter.map(stored_classes).transpose()?.flatten().map(|names| names.len());
+    let folder = Path::new(model);
+    let (mut classifier, _) = classifier::load(folder, compute, &device.device, classes, 0, &mut |_, _, _| {})?;
+    if let Some(adapter) = adapter {
+        attach::stored(&mut classifier, adapter, folder)?;
+    }
+    let file = Checkpoint::open_file(pixels)?;
+    let view = file.get("pixel_values")?;
+    let [rows, channels, height, width] =
+        <[usize; 4]>::try_from(view.shape).with_context(|| format!("pixel_values has shape {:?}", view.shape))?;
+    let input = Input::Image { rows, channels, height, width, pixels: view.to_f32() };
+    let batch = ClassifierBatch { input, labels: Labels::Classes(vec![0; rows]), records: vec![] };
+    Ok(classifier.logits(&batch))
+}
+
+fn save_logits(logits: Tensor<2>, out: &Path) -> anyhow::Result<()> {
     let dims = logits.dims();
     let tensor = OutTensor::from_f32("logits", Dtype::F32, &dims, save::host_values(logits));
     Ok(write_safetensors(out, vec![tensor], &[])?)
@@ -149,7 +177,8 @@ fn attach_adapter(decoder: &mut Decoder, config: &RunConfig, adapter: &AdapterCo
     let settings = attach::settings(config, adapter)?;
     let device = decoder.device();
     let mut measured = Measured::new();
-    for (module, [d_in, d_out]) in adapters::targets(decoder, &settings) {
+    for (module, sizes) in adapters::targets(decoder, &settings)? {
+        let [d_in, d_out] = sizes.matrix();
         let statistics = Statistics {
             covariance: Some(Tensor::eye(d_in, &device)),
             gradient: Some(gaussian(0, &module, d_in, d_out, 1.0, &device)),
