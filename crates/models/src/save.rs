@@ -4,8 +4,8 @@ use std::path::Path;
 
 use burn::module::Module;
 use burn::tensor::{FloatDType, Tensor};
-
 use lowrank_core::{Base, Projection};
+use serde_json::{Map, Value};
 
 use crate::decoder::Decoder;
 use crate::hf::{Dtype, HfError, OutTensor, write, write_sharded, write_text_atomic};
@@ -31,9 +31,41 @@ pub fn save_model(
     dtype: Dtype,
     max_shard_bytes: u64,
 ) -> Result<(), HfError> {
+    let place = Place { origin, folder, dtype, max_shard_bytes };
+    write_folder(&place, tensors(decoder, dtype), |config| {
+        config.insert("tie_word_embeddings".to_owned(), decoder.lm_head.is_none().into());
+    })
+}
+
+/// Where a model is written to, and how.
+pub(crate) struct Place<'a> {
+    /// The folder whose configuration and companion files are carried along.
+    pub origin: &'a Path,
+    /// The folder that is written.
+    pub folder: &'a Path,
+    /// Type of the tensors.
+    pub dtype: Dtype,
+    /// Shards hold at most so many.
+    pub max_shard_bytes: u64,
+}
+
+/// Writes tensors, the `config.json` of the origin with the written type and what `change` makes of it, and companion files.
+pub(crate) fn write_folder(
+    place: &Place<'_>,
+    tensors: Vec<OutTensor<'static>>,
+    change: impl FnOnce(&mut Map<String, Value>),
+) -> Result<(), HfError> {
+    let Place { origin, folder, dtype, max_shard_bytes } = *place;
     std::fs::create_dir_all(folder).map_err(|source| HfError::io("create", folder, source))?;
-    write_sharded(folder, tensors(decoder, dtype), max_shard_bytes)?;
-    write_config(decoder, origin, folder, dtype)?;
+    write_sharded(folder, tensors, max_shard_bytes)?;
+    let mut config = crate::hf::read_json(&origin.join("config.json"))?;
+    if let Some(map) = config.as_object_mut() {
+        let key = if map.contains_key("dtype") { "dtype" } else { "torch_dtype" };
+        map.insert(key.to_owned(), dtype.torch_name().into());
+        change(map);
+    }
+    let text = serde_json::to_string_pretty(&config).unwrap_or_default() + "\n";
+    write_text_atomic(&folder.join("config.json"), &text)?;
     write::copy_companion_files(origin, folder)?;
     Ok(())
 }
@@ -69,18 +101,6 @@ pub fn tensors(decoder: &Decoder, dtype: Dtype) -> Vec<OutTensor<'static>> {
     }
     out.extend(Decoder::head_projections(&decoder.head()).into_iter().filter_map(packed));
     out
-}
-
-/// `config.json` of the origin with the written type and the head's tying.
-fn write_config(decoder: &Decoder, origin: &Path, folder: &Path, dtype: Dtype) -> Result<(), HfError> {
-    let mut config = crate::hf::read_json(&origin.join("config.json"))?;
-    if let Some(map) = config.as_object_mut() {
-        let key = if map.contains_key("dtype") { "dtype" } else { "torch_dtype" };
-        map.insert(key.to_owned(), dtype.torch_name().into());
-        map.insert("tie_word_embeddings".to_owned(), decoder.lm_head.is_none().into());
-    }
-    let text = serde_json::to_string_pretty(&config).unwrap_or_default() + "\n";
-    write_text_atomic(&folder.join("config.json"), &text)
 }
 
 /// Number of parameters of a model.

@@ -151,7 +151,7 @@ impl Session {
     /// precision, which is dropped before a quantised one is read.
     fn calibrated(config: &RunConfig, settings: &hf::AdapterConfig) -> Result<(Self, Measured), Problem> {
         let mut session = Self::base(config, !attach::needs_calibration(&settings.method))?;
-        let wanted = attach::wanted(&mut session.decoder, settings);
+        let wanted = attach::wanted(&session.decoder, settings)?;
         if wanted.is_empty() {
             return Ok((session, Measured::new()));
         }
@@ -268,13 +268,9 @@ fn random_model(
     decoder.map_err(|error| run_problem(&format!("cannot make the model of {}", folder.display()), error))
 }
 
-/// Gives every delta of the blocks this dropout.
+/// Gives every adapter of a layer this dropout.
 pub(crate) fn set_dropout<M: Network>(model: &mut M, dropout: f64) {
-    model.for_each_projection(&mut |_, projection| {
-        if let Some(delta) = &mut projection.delta {
-            delta.set_dropout(dropout);
-        }
-    });
+    model.for_each_layer(&mut |_, mut layer| layer.set_dropout(dropout));
 }
 
 /// The type of written weights.

@@ -223,7 +223,7 @@ fn model(folder: &std::path::Path, config: &RunConfig) -> Decoder {
         _ => random(),
     };
     let settings = attach::settings(config, adapter).unwrap();
-    let measured = attach::wanted(&mut decoder, &settings).into_keys().map(|module| (module, statistics(&device)));
+    let measured = attach::wanted(&decoder, &settings).unwrap().into_keys().map(|module| (module, statistics(&device)));
     let measured = measured.collect();
     attach::fresh(&mut decoder, settings, &measured, folder, 1, ProgressStyle::None).unwrap();
     decoder

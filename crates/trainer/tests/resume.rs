@@ -345,6 +345,39 @@ fn killed_classifiers_give_the_same_bits() {
     }
 }
 
+/// What runs on convolutions share; the tables of the adapter come before.
+const CONVOLUTIONS: &str = r#"
+target_modules = ["convolution"]
+
+[optimizer.adamw]
+learning_rate = 1e-2
+
+[training]
+max_steps = 10
+micro_batch_size = 2
+eval_steps = 4
+save_steps = 2
+save_total_limit = 2
+"#;
+
+/// Adapters on convolutions, LoRA with dropout and a Tucker core, in the stem and the blocks of a ResNet.
+#[test]
+fn killed_runs_on_convolutions_give_the_same_bits() {
+    let images = ["tiny-resnet", "data/smoke/images/train", "data/smoke/images/eval"];
+    for (method, table) in [("lora", "r = 2\nlora_dropout = 0.1"), ("tucker", "r_in = 3\nr_out = 4\ndropout = 0.1")] {
+        let scene = Scene::of("image_classification", images, &format!("[adapter.{method}]\n{table}\n{CONVOLUTIONS}"));
+        scene.finish("whole", &[]);
+        for line in [3, 8] {
+            let mut child = scene.start("killed", &[RESUME]);
+            scene.wait_for_lines("killed", &mut child, line);
+            assert!(kill(&mut child), "{method}: the kill at line {line} came after the end");
+        }
+        let log = scene.finish("killed", &[RESUME]);
+        assert!(log.contains("8 modules"), "{log}");
+        scene.assert_same("killed", "whole", &["adapter/classes.json", ADAPTER[0], ADAPTER[1]]);
+    }
+}
+
 /// Every other kill waits for the moment at which a checkpoint is being written.
 #[test]
 fn killed_ten_times_gives_the_same_bits() {

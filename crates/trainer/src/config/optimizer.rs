@@ -130,7 +130,8 @@ impl OptimizerConfig {
 pub struct AdamWConfig {
     /// Peak of the schedule. Default 2e-4, which suits LoRA; full fine-tuning wants about a tenth of it.
     pub learning_rate: f64,
-    /// Peak for everything but the linear layers of the blocks: embeddings, head, norms, biases. Default: `learning_rate`.
+    /// Peak for everything but the linear layers of the blocks and convolutions: embeddings, head, norms, biases. Default:
+    /// `learning_rate`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub plain_learning_rate: Option<f64>,
     /// Decay rates of the two moments. Default [0.9, 0.999].

@@ -35,7 +35,7 @@ enum Command {
     Gemm(gemm::Arguments),
     /// Time each kernel beside its floor; with --check, compare each with the CPU instead
     Kernels(kernels::Arguments),
-    /// Write the logits of one sequence
+    /// Write the logits of one sequence, or of images
     Logits(logits::Arguments),
 }
 

@@ -103,8 +103,9 @@ fn attach_adapter(decoder: &mut Decoder, config: &RunConfig, adapter: &AdapterCo
     let settings = attach::settings(config, adapter)?;
     let device = decoder.device();
     let mut measured = Measured::new();
-    for (module, [d_in, d_out]) in adapters::targets(decoder, &settings) {
+    for (module, sizes) in adapters::targets(decoder, &settings)? {
         if attach::needs_calibration(&settings.method) {
+            let [d_in, d_out] = sizes.matrix();
             let statistics = Statistics {
                 covariance: Some(Tensor::eye(d_in, &device)),
                 gradient: Some(gaussian(0, &module, d_in, d_out, 1.0, &device)),
