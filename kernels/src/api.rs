@@ -155,6 +155,54 @@ pub fn lowrank_linear(
     }
 }
 
+/// `x + scale (x down) up`. Gradients for x, and for `down` and `up` only where they are trained.
+///
+/// # Shapes
+/// `x [t, d]`, `down [d, r]`, `up [r, d]`; result as x.
+///
+/// # Panics
+/// As Burn does, where sizes or element types differ.
+pub fn lowrank_shift(x: Tensor<2>, down: Tensor<2>, up: Tensor<2>, scale: f32) -> Tensor<2> {
+    let (down, up) = (down.into_dispatch(), up.into_dispatch());
+    Tensor::from_dispatch(Dispatch::lowrank_shift(x.into_dispatch(), down, up, scale))
+}
+
+/// `z * c + bias`, a factor and a term for every column.
+///
+/// # Shapes
+/// `z [t, n]`, `c [n]`, `bias [n]`; result as z. On the CPU z is overwritten where nothing else holds it.
+///
+/// # Panics
+/// As Burn does, where sizes differ.
+pub fn column_scale(z: Tensor<2>, c: Tensor<1>, bias: Option<Tensor<1>>) -> Tensor<2> {
+    let bias = Maybe::from_option(bias.map(Tensor::into_dispatch));
+    let (y, _) = Dispatch::column_scale(z.into_dispatch(), c.into_dispatch(), bias);
+    Tensor::from_dispatch(y)
+}
+
+/// `x + x blockdiag(turn)`.
+///
+/// # Shapes
+/// `x [t, n b]`, `turn [n, b, b]`; result as x.
+///
+/// # Panics
+/// As Burn does, where sizes differ.
+pub fn block_rotation(x: Tensor<2>, turn: Tensor<3>) -> Tensor<2> {
+    Tensor::from_dispatch(Dispatch::block_rotation(x.into_dispatch(), turn.into_dispatch()))
+}
+
+/// `U[k r + i, j] = lambda[i, k] a[i, j] gamma[k, j]`; `a` gets no gradient.
+///
+/// # Shapes
+/// `a [r, m]`, `lambda [r, n]`, `gamma [n, m]`; result `[n r, m]`.
+///
+/// # Panics
+/// As Burn does, where sizes differ.
+pub fn scaled_basis(a: Tensor<2>, lambda: Tensor<2>, gamma: Tensor<2>) -> Tensor<2> {
+    let (lambda, gamma) = (lambda.into_dispatch(), gamma.into_dispatch());
+    Tensor::from_dispatch(Dispatch::scaled_basis(a.into_dispatch(), lambda, gamma))
+}
+
 /// `x / sqrt(mean(x^2) + eps) * (offset + gamma)` over the last axis.
 ///
 /// # Shapes

@@ -11,8 +11,8 @@ use burn::tensor::FloatDType;
 use crate::gated::Activation;
 use crate::packed::{Operand, PackedParts};
 use crate::{
-    adamw, attention, cross_entropy, gated, gemm, linear, lowrank_linear, packed, projected_linear, reduce, rms_norm,
-    rotary, stochastic_round,
+    adamw, attention, block_rotation, column_scale, cross_entropy, gated, gemm, linear, lowrank_linear, packed,
+    projected_linear, reduce, rms_norm, rotary, scaled_basis, stochastic_round,
 };
 
 /// An optional float tensor in the signature of an operation.
@@ -106,6 +106,67 @@ pub trait LowRankOps: Backend {
     ) -> FloatTensor<Self> {
         let w = Operand::Packed(w);
         lowrank_linear::forward::<Self>(x, w, bias.option(), mask.option(), down, up, scale).0
+    }
+
+    /// See [`crate::lowrank_shift`].
+    #[fusion(default)]
+    fn lowrank_shift(
+        x: FloatTensor<Self>,
+        down: FloatTensor<Self>,
+        up: FloatTensor<Self>,
+        scale: f32,
+    ) -> FloatTensor<Self> {
+        lowrank_linear::forward::<Self>(x, Operand::Identity, None, None, down, up, scale).0
+    }
+
+    /// See [`crate::column_scale`]; also returns what the backward needs.
+    #[fusion(default)]
+    fn column_scale(
+        z: FloatTensor<Self>,
+        c: FloatTensor<Self>,
+        #[extension_type] bias: Maybe<Self>,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+        column_scale::reference::<Self>(z, c, bias.option())
+    }
+
+    /// Gradients `(dz, dc)` of [`crate::column_scale`], from what it kept.
+    #[fusion(default)]
+    fn column_scale_backward(
+        kept: FloatTensor<Self>,
+        c: FloatTensor<Self>,
+        dy: FloatTensor<Self>,
+        _has_bias: bool,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+        column_scale::backward_reference::<Self>(kept, c, dy)
+    }
+
+    /// See [`crate::block_rotation`].
+    #[fusion(default)]
+    fn block_rotation(x: FloatTensor<Self>, turn: FloatTensor<Self>) -> FloatTensor<Self> {
+        block_rotation::reference::<Self>(x, turn)
+    }
+
+    /// Gradient of the blocks of [`crate::block_rotation`], `[n, block, block]`.
+    #[fusion(default)]
+    fn block_rotation_gradient(x: FloatTensor<Self>, dy: FloatTensor<Self>, block: usize) -> FloatTensor<Self> {
+        block_rotation::gradient_reference::<Self>(x, dy, block)
+    }
+
+    /// See [`crate::scaled_basis`].
+    #[fusion(default)]
+    fn scaled_basis(a: FloatTensor<Self>, lambda: FloatTensor<Self>, gamma: FloatTensor<Self>) -> FloatTensor<Self> {
+        scaled_basis::reference::<Self>(a, lambda, gamma)
+    }
+
+    /// Gradients `(dlambda, dgamma)` of [`crate::scaled_basis`].
+    #[fusion(default)]
+    fn scaled_basis_backward(
+        a: FloatTensor<Self>,
+        lambda: FloatTensor<Self>,
+        gamma: FloatTensor<Self>,
+        dy: FloatTensor<Self>,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+        scaled_basis::backward_reference::<Self>(a, lambda, gamma, dy)
     }
 
     /// The values of outputs `first..first + rows` of a packed weight, `[rows, d_in]`.
@@ -281,6 +342,24 @@ mod flex {
         fn dequantise(w: PackedParts<Self>, first: usize, rows: usize, dtype: FloatDType) -> T {
             packed::cpu::dequantise(w, first, rows, dtype)
         }
+        fn column_scale(z: T, c: T, bias: Maybe<Flex>) -> (T, T) {
+            column_scale::cpu(z, c, bias.option())
+        }
+        fn column_scale_backward(kept: T, c: T, dy: T, has_bias: bool) -> (T, T) {
+            column_scale::backward_cpu(kept, c, dy, has_bias)
+        }
+        fn block_rotation(x: T, turn: T) -> T {
+            block_rotation::cpu(x, turn)
+        }
+        fn block_rotation_gradient(x: T, dy: T, block: usize) -> T {
+            block_rotation::gradient_cpu(x, dy, block)
+        }
+        fn scaled_basis(a: T, lambda: T, gamma: T) -> T {
+            scaled_basis::cpu(a, lambda, gamma)
+        }
+        fn scaled_basis_backward(a: T, lambda: T, gamma: T, dy: T) -> (T, T) {
+            scaled_basis::backward_cpu(a, lambda, gamma, dy)
+        }
         fn rms_norm(x: T, gamma: T, eps: f32, offset: f32) -> T {
             rms_norm::cpu(x, gamma, eps, offset)
         }
@@ -364,6 +443,31 @@ mod autodiff {
             let mask = mask.map(|mask| mask.into_primitive());
             let y = lowrank_linear::factors::<B, C>(x, w, constant, mask, down, up, scale);
             linear::add_trained_bias::<B, C>(y, trained)
+        }
+        fn lowrank_shift(
+            x: FloatTensor<Self>,
+            down: FloatTensor<Self>,
+            up: FloatTensor<Self>,
+            scale: f32,
+        ) -> FloatTensor<Self> {
+            lowrank_linear::factors::<B, C>(x, Operand::Identity, None, None, down, up, scale)
+        }
+        fn column_scale(
+            z: FloatTensor<Self>,
+            c: FloatTensor<Self>,
+            bias: Maybe<Self>,
+        ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+            column_scale::autodiff::<B, C>(z, c, bias.option())
+        }
+        fn block_rotation(x: FloatTensor<Self>, turn: FloatTensor<Self>) -> FloatTensor<Self> {
+            block_rotation::autodiff::<B, C>(x, turn)
+        }
+        fn scaled_basis(
+            a: FloatTensor<Self>,
+            lambda: FloatTensor<Self>,
+            gamma: FloatTensor<Self>,
+        ) -> FloatTensor<Self> {
+            scaled_basis::autodiff::<B, C>(a, lambda, gamma)
         }
         fn dequantise(w: PackedParts<Self>, first: usize, rows: usize, dtype: FloatDType) -> FloatTensor<Self> {
             Self::from_inner(B::dequantise(packed::autodiff::inner::<B, C>(w), first, rows, dtype))

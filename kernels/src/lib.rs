@@ -7,6 +7,10 @@
 //! | both on a [`Packed`] weight | the same, dequantised panel by panel | arithmetic | yes | gemm on a scratch buffer |
 //! | [`projected_linear`] | `x W + b` with `P^T dW Q` as the gradient of W | arithmetic | yes | gemm |
 //! | [`factored_linear`] | `x W + b` that hands over `x` and `dy` instead of `dW` | arithmetic | yes | gemm |
+//! | [`lowrank_shift`] | `x + s (x A) B` | arithmetic | yes | gemm, accumulated into a copy of x |
+//! | [`column_scale`] | `z * c + b`, c trained | memory | yes | in place |
+//! | [`block_rotation`] | `x + x blockdiag(E)` | arithmetic | yes | gemm on the columns of each block |
+//! | [`scaled_basis`] | one basis under many diagonals | memory | yes | one pass |
 //! | [`rms_norm`] | RMS normalisation | memory | yes | one pass |
 //! | [`rotary`] | rotary embedding | memory | yes | one pass |
 //! | [`attention`] | softmax attention over key ranges | arithmetic | yes | tiles, log-sum-exp saved |
@@ -30,6 +34,8 @@ mod plain;
 
 mod adamw;
 mod attention;
+mod block_rotation;
+mod column_scale;
 mod cross_entropy;
 mod gated;
 mod gemm;
@@ -41,6 +47,7 @@ mod projected_linear;
 mod reduce;
 mod rms_norm;
 mod rotary;
+mod scaled_basis;
 mod stochastic_round;
 mod weight;
 

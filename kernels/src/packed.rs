@@ -307,4 +307,6 @@ pub(crate) enum Operand<B: LowRankOps> {
     Dense(FloatTensor<B>),
     /// Codes.
     Packed(PackedParts<B>),
+    /// The identity: no product at all.
+    Identity,
 }

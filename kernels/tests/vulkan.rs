@@ -149,6 +149,31 @@ fn rms_norm(device: &Device) -> Vec<Vec<f32>> {
     collect(kernels::rms_norm(x.clone(), gamma.clone(), 1e-5, 1.0), vec![gradient_of(&x), gradient_of(&gamma)], device)
 }
 
+fn lowrank_shift(device: &Device) -> Vec<Vec<f32>> {
+    let [x, down, up] = [1, 2, 3].map(|seed| leaf(seed, [8, 8], device));
+    let out = kernels::lowrank_shift(x.clone(), down.clone(), up.clone(), -1.5);
+    collect(out, vec![gradient_of(&x), gradient_of(&down), gradient_of(&up)], device)
+}
+
+fn column_scale(device: &Device) -> Vec<Vec<f32>> {
+    let (z, c, bias) = (leaf(1, [6, 10], device), leaf(2, [10], device), constant(3, [10], device));
+    let run = |bias: Option<Tensor<1>>| {
+        collect(kernels::column_scale(z.clone(), c.clone(), bias), vec![gradient_of(&z), gradient_of(&c)], device)
+    };
+    [None, Some(bias)].into_iter().flat_map(run).collect()
+}
+
+fn block_rotation(device: &Device) -> Vec<Vec<f32>> {
+    let (x, turn) = (leaf(1, [8, 16], device), leaf(2, [2, 8, 8], device));
+    collect(kernels::block_rotation(x.clone(), turn.clone()), vec![gradient_of(&x), gradient_of(&turn)], device)
+}
+
+fn scaled_basis(device: &Device) -> Vec<Vec<f32>> {
+    let (a, lambda, gamma) = (constant(1, [2, 5], device), leaf(2, [2, 3], device), leaf(3, [3, 5], device));
+    let out = kernels::scaled_basis(a, lambda.clone(), gamma.clone());
+    collect(out, vec![gradient_of(&lambda), gradient_of(&gamma)], device)
+}
+
 fn rotary(device: &Device) -> Vec<Vec<f32>> {
     let x = leaf(1, [2, 3, 2, 8], device);
     let out = kernels::rotary(x.clone(), constant(2, [6, 4], device), constant(3, [6, 4], device));
@@ -209,6 +234,10 @@ fn operations_agree_with_the_cpu() {
         ("projected_linear", projected_linear),
         ("factored_linear", factored_linear),
         ("packed_linear", packed_linear),
+        ("lowrank_shift", lowrank_shift),
+        ("column_scale", column_scale),
+        ("block_rotation", block_rotation),
+        ("scaled_basis", scaled_basis),
         ("rms_norm", rms_norm),
         ("rotary", rotary),
         ("attention", attention),

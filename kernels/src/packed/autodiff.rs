@@ -12,9 +12,10 @@ use crate::extension::{LowRankOps, Maybe};
 use crate::linear::{add_trained_bias, split_bias};
 
 impl<B: LowRankOps> Operand<B> {
-    /// `x W + b`.
+    /// `x W + b`; the identity takes no b.
     pub fn linear(self, x: FloatTensor<B>, bias: Maybe<B>) -> FloatTensor<B> {
         match self {
+            Self::Identity => x,
             Self::Dense(w) => B::dense_linear(x, w, bias),
             Self::Packed(w) => B::packed_linear(x, w, bias),
         }
@@ -23,6 +24,7 @@ impl<B: LowRankOps> Operand<B> {
     /// `dy W^T`.
     pub fn input_gradient(self, dy: FloatTensor<B>) -> FloatTensor<B> {
         match self {
+            Self::Identity => dy,
             Self::Dense(w) => B::gemm(dy, B::float_transpose(w), Maybe::Absent, 1.0),
             Self::Packed(w) => B::packed_linear_backward(dy, w),
         }

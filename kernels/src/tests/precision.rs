@@ -6,7 +6,10 @@ use burn::tensor::DType;
 use burn_flex::FlexTensor;
 
 use super::{Random, cast, error, integers};
-use crate::{Activation, LowRankOps, Maybe, attention, cross_entropy, gated, gemm, rms_norm, rotary};
+use crate::{
+    Activation, LowRankOps, Maybe, attention, block_rotation, column_scale, cross_entropy, gated, gemm, rms_norm,
+    rotary,
+};
 
 /// Of f32: where the plain version happens to round exactly.
 const A_FEW_ULPS: f64 = 5e-7;
@@ -62,6 +65,40 @@ fn rms_norm_is_as_exact_as_the_plain_version() {
         |[x, gamma, dy]| {
             let (dx, d_gamma) = rms_norm::backward_reference::<Flex>(x.clone(), gamma.clone(), dy, 1e-5, 0.0);
             vec![rms_norm::reference::<Flex>(x, gamma, 1e-5, 0.0), dx, d_gamma]
+        },
+    );
+}
+
+#[test]
+fn column_scale_is_as_exact_as_the_plain_version() {
+    let mut random = Random::new(7);
+    let inputs = [random.tensor(&[33, 200]), random.tensor(&[200]), random.tensor(&[33, 200])];
+    assert_precise(
+        "column_scale",
+        inputs,
+        |[z, c, dy]| {
+            let (y, kept) = Flex::column_scale(z, c.clone(), Maybe::Absent);
+            let (dz, dc) = Flex::column_scale_backward(kept, c, dy, false);
+            vec![y, dz, dc]
+        },
+        |[z, c, dy]| {
+            let (y, kept) = column_scale::reference::<Flex>(z, c.clone(), None);
+            let (dz, dc) = column_scale::backward_reference::<Flex>(kept, c, dy);
+            vec![y, dz, dc]
+        },
+    );
+}
+
+#[test]
+fn block_rotation_is_as_exact_as_the_plain_version() {
+    let mut random = Random::new(8);
+    assert_precise(
+        "block_rotation",
+        [random.tensor(&[33, 24]), random.tensor(&[3, 8, 8]), random.tensor(&[33, 24])],
+        |[x, turn, dy]| vec![Flex::block_rotation(x.clone(), turn), Flex::block_rotation_gradient(x, dy, 8)],
+        |[x, turn, dy]| {
+            let gradient = block_rotation::gradient_reference::<Flex>(x.clone(), dy, 8);
+            vec![block_rotation::reference::<Flex>(x, turn), gradient]
         },
     );
 }

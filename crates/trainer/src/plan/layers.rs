@@ -100,7 +100,10 @@ impl<'a> Segment<'a> {
     /// A linear layer.
     pub fn linear(&mut self, x: Value, layer: &Linear, tokens: usize) -> Value {
         let y = match (&layer.adapter, self.collects.get(&layer.weight.name)) {
-            (Some(adapter), _) => self.adapted(x, &layer.weight, adapter, tokens),
+            (Some(adapter), _) => {
+                let biased = layer.bias.as_ref().is_some_and(|bias| !(bias.trained && self.lifts));
+                self.adapted(x, &layer.weight, adapter, biased, tokens)
+            }
             (None, Some(collect)) if self.lifts => self.collected(x, &layer.weight, collect.clone(), tokens),
             (None, _) => self.dense(x, &layer.weight, tokens),
         };
