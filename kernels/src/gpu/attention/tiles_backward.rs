@@ -121,7 +121,7 @@ fn query_gradient_kernel<E: Float, I: Int, N: Size>(
     let sequence = CUBE_POS_Y as usize / sizes.heads;
     let head = CUBE_POS_Y as usize % sizes.heads;
     let group = head / (sizes.heads / sizes.groups);
-    let query = (CUBE_COUNT_X - 1 - CUBE_POS_X) as usize * t.rows;
+    let query = ((sizes.queries - 1) / t.rows - CUBE_POS_X as usize) * t.rows;
     let row = sequence * sizes.queries + query;
     let count = min(sizes.queries - query, t.rows.runtime());
     let key_stride = sizes.groups * t.width;

@@ -140,7 +140,7 @@ fn forward_kernel<E: Float, I: Int, N: Size>(
     let head = CUBE_POS_Y as usize % sizes.heads;
     let group = head / (sizes.heads / sizes.groups);
     // the last queries of a causal sequence have the most keys: they start first
-    let query = (CUBE_COUNT_X - 1 - CUBE_POS_X) as usize * t.rows;
+    let query = ((sizes.queries - 1) / t.rows - CUBE_POS_X as usize) * t.rows;
     let row = sequence * sizes.queries + query;
     let count = min(sizes.queries - query, t.rows.runtime());
     let query_start = (row * sizes.heads + head) * t.width;
