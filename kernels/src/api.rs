@@ -4,6 +4,7 @@ use burn::backend::Dispatch;
 use burn::tensor::{FloatDType, Gradients, Int, Tensor};
 
 pub use crate::adamw::AdamW;
+pub use crate::attention::{AttentionHints, AttentionRoute, KnownKeys};
 pub use crate::gated::Activation;
 use crate::{LowRankOps, Maybe, Weight};
 
@@ -232,15 +233,34 @@ pub fn attention(
     scale: f32,
     softcap: f32,
 ) -> Tensor<4> {
-    let (out, _) = Dispatch::range_attention(
+    attention_with(q, k, v, ranges, scale, softcap, AttentionHints::default()).0
+}
+
+/// [`attention`] with what the caller knows of the ranges, and also the log-sum-exp of each row, `[b, sq, h]` in f32, through
+/// which no gradient flows.
+///
+/// # Panics
+/// Where a range reaches beyond `hints.keys` (found on the CPU only; elsewhere such keys may go unseen), or where the device has
+/// no kernel of the route asked for.
+pub fn attention_with(
+    q: Tensor<4>,
+    k: Tensor<4>,
+    v: Tensor<4>,
+    ranges: Tensor<3, Int>,
+    scale: f32,
+    softcap: f32,
+    hints: AttentionHints,
+) -> (Tensor<4>, Tensor<3>) {
+    let (out, lse) = Dispatch::range_attention(
         q.into_dispatch(),
         k.into_dispatch(),
         v.into_dispatch(),
         ranges.into_dispatch(),
         scale,
         softcap,
+        hints,
     );
-    Tensor::from_dispatch(out)
+    (Tensor::from_dispatch(out), Tensor::from_dispatch(lse))
 }
 
 /// `activation(gate) * up`, element by element.

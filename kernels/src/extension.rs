@@ -1,13 +1,14 @@
 //! The operations that `lowrank` adds to a Burn backend.
 //!
 //! Every method has a default body in plain tensor operations: the reference. `Flex` (the CPU) overrides what our own loops do
-//! faster, `CubeBackend` (GPUs) what `gpu/` has a kernel for; the other operations run as references there, which Burn fuses. `Autodiff` adds the hand-written
-//! backward of each, once for all backends.
+//! faster, `CubeBackend` (GPUs) what `gpu/` has a kernel for; the other operations run as references there, which Burn fuses.
+//! `Autodiff` adds the hand-written backward of each, once for all backends.
 
 use burn::backend::{Backend, ExtensionType, backend_extension, tensor::FloatTensor, tensor::IntTensor};
 
 use burn::tensor::FloatDType;
 
+use crate::attention::AttentionHints;
 use crate::gated::Activation;
 use crate::packed::{Operand, PackedParts};
 use crate::{
@@ -37,6 +38,13 @@ impl<B: Backend> Maybe<B> {
             Self::Absent => None,
         }
     }
+}
+
+/// One f32 number for each row of `x`.
+#[cfg(feature = "gpu")]
+fn row_spec(x: &burn_fusion::custom::TensorSpec) -> burn_fusion::custom::TensorSpec {
+    let rows = x.shape[..x.shape.num_dims() - 1].to_vec();
+    burn_fusion::custom::TensorSpec::new(rows.into(), burn::tensor::DType::F32)
 }
 
 /// The backend trait behind the functions of this crate. Shapes and equations are documented there.
@@ -236,7 +244,7 @@ pub trait LowRankOps: Backend {
     }
 
     /// See [`crate::attention`]; also returns the log-sum-exp of each row, `[B, Sq, H]` f32.
-    #[fusion(default)]
+    #[fusion(meta = |q, _k, _v, _ranges, _scale, _softcap, _hints| (q.clone(), row_spec(q)))]
     fn range_attention(
         q: FloatTensor<Self>,
         k: FloatTensor<Self>,
@@ -244,12 +252,13 @@ pub trait LowRankOps: Backend {
         ranges: IntTensor<Self>,
         scale: f32,
         softcap: f32,
+        _hints: AttentionHints,
     ) -> (FloatTensor<Self>, FloatTensor<Self>) {
         attention::reference::<Self>(q, k, v, ranges, scale, softcap)
     }
 
     /// Gradients `(dq, dk, dv)` of [`crate::attention`] from its output and log-sum-exp.
-    #[fusion(default)]
+    #[fusion(meta = |q, k, v, _out, _lse, _d_out, _ranges, _scale, _softcap, _hints| (q.clone(), k.clone(), v.clone()))]
     fn range_attention_backward(
         q: FloatTensor<Self>,
         k: FloatTensor<Self>,
@@ -260,6 +269,7 @@ pub trait LowRankOps: Backend {
         ranges: IntTensor<Self>,
         scale: f32,
         softcap: f32,
+        _hints: AttentionHints,
     ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
         attention::backward_reference::<Self>(q, k, v, out, lse, d_out, ranges, scale, softcap)
     }
@@ -369,8 +379,16 @@ mod flex {
         fn rotary(x: T, cos: T, sin: T, sign: f32) -> T {
             rotary::cpu(x, cos, sin, sign)
         }
-        fn range_attention(q: T, k: T, v: T, ranges: IntTensor<Self>, scale: f32, softcap: f32) -> (T, T) {
-            attention::cpu::forward(q, k, v, ranges, scale, softcap)
+        fn range_attention(
+            q: T,
+            k: T,
+            v: T,
+            ranges: IntTensor<Self>,
+            scale: f32,
+            softcap: f32,
+            hints: AttentionHints,
+        ) -> (T, T) {
+            attention::cpu::forward(q, k, v, ranges, scale, softcap, hints.keys)
         }
         fn range_attention_backward(
             q: T,
@@ -382,6 +400,7 @@ mod flex {
             ranges: IntTensor<Self>,
             scale: f32,
             softcap: f32,
+            _hints: AttentionHints,
         ) -> (T, T, T) {
             attention::cpu::backward(q, k, v, out, lse, d_out, ranges, scale, softcap)
         }
@@ -515,8 +534,9 @@ mod autodiff {
             ranges: IntTensor<Self>,
             scale: f32,
             softcap: f32,
+            hints: AttentionHints,
         ) -> (FloatTensor<Self>, FloatTensor<Self>) {
-            attention::autodiff::<B, C>(q, k, v, ranges, scale, softcap)
+            attention::autodiff::<B, C>(q, k, v, ranges, scale, softcap, hints)
         }
         fn gated(gate: FloatTensor<Self>, up: FloatTensor<Self>, activation: Activation) -> FloatTensor<Self> {
             gated::autodiff::<B, C>(gate, up, activation)

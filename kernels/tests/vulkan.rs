@@ -12,10 +12,13 @@ use std::time::Instant;
 use burn::tensor::{Device, FloatDType, Int, Tensor, TensorData};
 use lowrank_kernels as kernels;
 use lowrank_kernels::packed::{self, Format, Layout, Nested, Scales};
-use lowrank_kernels::{Activation, AdamW, Packed};
+use lowrank_kernels::{Activation, AdamW, AttentionHints, AttentionRoute, KnownKeys, Packed};
 
 /// Relative bound in f32: sums run in another order than on the CPU.
 const TOLERANCE: f64 = 1e-5;
+
+/// The same in f16.
+const HALF_TOLERANCE: f64 = 3e-3;
 
 /// Factors of ten bits (TF32) in the products of CUDA: half an ulp is 5e-4.
 #[cfg(feature = "cuda")]
@@ -188,6 +191,76 @@ fn attention(device: &Device) -> Vec<Vec<f32>> {
     collect(out, vec![gradient_of(&q), gradient_of(&k), gradient_of(&v)], device)
 }
 
+/// One call of attention; four query heads share two key heads, and the operands are transposed views, as in models.
+#[derive(Clone, Copy)]
+struct Attention {
+    route: AttentionRoute,
+    dtype: FloatDType,
+    softcap: f32,
+    queries: usize,
+    keys: usize,
+    known: KnownKeys,
+    /// The keys that a query sees.
+    range: fn(i32) -> [i32; 2],
+}
+
+impl Attention {
+    /// 70 causal queries by chunks of 32, of which the first sees less than half of the keys, or by tiles.
+    fn causal(route: AttentionRoute) -> Self {
+        let known = KnownKeys::Band { offset: 0, window: None };
+        Self { route, dtype: FloatDType::F32, softcap: 0.0, queries: 70, keys: 70, known, range: |i| [0, i + 1] }
+    }
+    /// 13 queries after 57 keys of a cache, in windows of 20.
+    fn window(route: AttentionRoute) -> Self {
+        let known = KnownKeys::Band { offset: 57, window: Some(20) };
+        Self { queries: 13, known, range: |i| [i + 38, i + 58], ..Self::causal(route) }
+    }
+    /// Packed documents of 9 tokens, windows of 5 in them, query 20 and the ranges beyond the last key see nothing.
+    fn packed(route: AttentionRoute) -> Self {
+        let range = |i| match i {
+            20 => [20, 20],
+            69 => [70, 80],
+            _ => [(i / 9 * 9).max(i - 4), i + 1],
+        };
+        Self { softcap: 2.0, known: KnownKeys::Unknown, range, ..Self::causal(route) }
+    }
+    fn half(self) -> Self {
+        Self { dtype: FloatDType::F16, ..self }
+    }
+
+    /// Output, gradients and log-sum-exp.
+    fn run(self, device: &Device) -> Vec<Vec<f32>> {
+        let (q, k) = (leaf(1, [1, 4, self.queries, 64], device), leaf(2, [1, 2, self.keys, 64], device));
+        let v = leaf(3, [1, 2, self.keys, 64], device);
+        let view = |x: &Tensor<4>| x.clone().cast(self.dtype).swap_dims(1, 2);
+        let ranges = (0..self.queries as i32).flat_map(self.range).collect();
+        let ranges = integers(ranges, [1, self.queries, 2], device);
+        let hints = AttentionHints { keys: self.known, route: self.route };
+        let (out, lse) = kernels::attention_with(view(&q), view(&k), view(&v), ranges, 0.125, self.softcap, hints);
+        let out = out.cast(FloatDType::F32);
+        let mut all = collect(out, vec![gradient_of(&q), gradient_of(&k), gradient_of(&v)], device);
+        all.push(lse.into_data().try_to_vec::<f32>().unwrap());
+        all
+    }
+}
+
+fn attention_by_chunks(device: &Device) -> Vec<Vec<f32>> {
+    let route = AttentionRoute::Chunks(32);
+    let cases = [Attention::causal(route), Attention::window(route), Attention::packed(route)];
+    cases.into_iter().flat_map(|case| case.run(device)).collect()
+}
+
+fn attention_in_tiles(device: &Device) -> Vec<Vec<f32>> {
+    let route = AttentionRoute::Registers;
+    let cases = [Attention::causal(route), Attention::window(route), Attention::packed(route)];
+    cases.into_iter().flat_map(|case| case.run(device)).collect()
+}
+
+fn attention_in_f16(device: &Device) -> Vec<Vec<f32>> {
+    let cases = [AttentionRoute::Chunks(0), AttentionRoute::Registers].map(|route| Attention::causal(route).half());
+    cases.into_iter().flat_map(|case| case.run(device)).collect()
+}
+
 fn gated(device: &Device) -> Vec<Vec<f32>> {
     let (gate, up) = (leaf(1, [6, 10], device), leaf(2, [6, 10], device));
     let run = |act| {
@@ -228,7 +301,7 @@ fn operations_agree_with_the_cpu() {
             std::env::set_var("XDG_RUNTIME_DIR", std::env::temp_dir());
         }
     }
-    let operations: [(&str, fn(&Device) -> Vec<Vec<f32>>); 12] = [
+    let operations: [(&str, fn(&Device) -> Vec<Vec<f32>>); 15] = [
         ("linear", linear),
         ("lowrank_linear", lowrank_linear),
         ("projected_linear", projected_linear),
@@ -241,6 +314,9 @@ fn operations_agree_with_the_cpu() {
         ("rms_norm", rms_norm),
         ("rotary", rotary),
         ("attention", attention),
+        ("attention by chunks", attention_by_chunks),
+        ("attention in tiles", attention_in_tiles),
+        ("attention in f16", attention_in_f16),
         ("gated", gated),
         ("cross_entropy", cross_entropy),
         ("adamw", adamw),
@@ -257,6 +333,10 @@ fn operations_agree_with_the_cpu() {
             let worst = got.iter().zip(want).map(|(&g, &w)| (f64::from(g) - f64::from(w)).abs());
             let worst = worst.fold(0.0, |max, d| if d.is_finite() { f64::max(max, d) } else { f64::INFINITY });
             assert_eq!(got.len(), want.len(), "{name} {i}");
+            if std::env::var_os("LOWRANK_TEST_ERRORS").is_some() {
+                eprintln!("{name} {i}: off by {worst:.2e} of {largest:.2e}");
+            }
+            let tolerance = if name.ends_with("f16") { HALF_TOLERANCE } else { tolerance };
             assert!(worst <= tolerance * largest, "{name} {i}: off by {worst:.2e} of {largest:.2e}");
         }
         eprintln!("{name}: {:.1} s", start.elapsed().as_secs_f64());

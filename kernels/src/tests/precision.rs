@@ -7,8 +7,8 @@ use burn_flex::FlexTensor;
 
 use super::{Random, cast, error, integers};
 use crate::{
-    Activation, LowRankOps, Maybe, attention, block_rotation, column_scale, cross_entropy, gated, gemm, rms_norm,
-    rotary,
+    Activation, AttentionHints, LowRankOps, Maybe, attention, block_rotation, column_scale, cross_entropy, gated, gemm,
+    rms_norm, rotary,
 };
 
 /// Of f32: where the plain version happens to round exactly.
@@ -159,8 +159,9 @@ fn attention_is_as_exact_as_the_plain_version() {
         "attention",
         [q, k, v, random.tensor(&[2, 70, 4, 16])],
         |[q, k, v, dy]| {
-            let (out, lse) = Flex::range_attention(q.clone(), k.clone(), v.clone(), ranges.clone(), 0.25, 0.0);
-            let grads = Flex::range_attention_backward(q, k, v, out.clone(), lse, dy, ranges.clone(), 0.25, 0.0);
+            let (ranges, hints) = (ranges.clone(), AttentionHints::default());
+            let (out, lse) = Flex::range_attention(q.clone(), k.clone(), v.clone(), ranges.clone(), 0.25, 0.0, hints);
+            let grads = Flex::range_attention_backward(q, k, v, out.clone(), lse, dy, ranges, 0.25, 0.0, hints);
             [vec![out], three(grads)].concat()
         },
         |[q, k, v, dy]| {

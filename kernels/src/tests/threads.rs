@@ -5,7 +5,7 @@ use burn_flex::FlexTensor;
 
 use super::{Random, View, integers, values_of};
 use crate::adamw::AdamW;
-use crate::{Activation, LowRankOps, Maybe};
+use crate::{Activation, AttentionHints, LowRankOps, Maybe};
 
 #[track_caller]
 fn assert_same_bits(what: &str, operation: impl Fn() -> Vec<FlexTensor> + Sync) {
@@ -106,9 +106,10 @@ fn attention() {
     let ranges = integers(&causal, &[2, 150, 2]);
     assert_same_bits("attention", || {
         let (q, k, v, ranges) = (q.clone(), k.clone(), v.clone(), ranges.clone());
-        let (out, lse) = Flex::range_attention(q.clone(), k.clone(), v.clone(), ranges.clone(), 0.25, 0.0);
+        let hints = AttentionHints::default();
+        let (out, lse) = Flex::range_attention(q.clone(), k.clone(), v.clone(), ranges.clone(), 0.25, 0.0, hints);
         let (dq, dk, dv) =
-            Flex::range_attention_backward(q, k, v, out.clone(), lse.clone(), dy.clone(), ranges, 0.25, 0.0);
+            Flex::range_attention_backward(q, k, v, out.clone(), lse.clone(), dy.clone(), ranges, 0.25, 0.0, hints);
         vec![out, lse, dq, dk, dv]
     });
 }
