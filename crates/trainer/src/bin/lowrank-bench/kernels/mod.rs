@@ -5,7 +5,10 @@ mod inputs;
 mod peaks;
 mod rows;
 
+use std::panic::AssertUnwindSafe;
+
 use anyhow::bail;
+use burn::tensor::FloatDType;
 use lowrank_train::device::{self, ChosenDevice};
 
 use crate::timing::{Effort, time};
@@ -62,33 +65,51 @@ fn time_all(chosen: &ChosenDevice, rows: &[&Row], sizes: &[Sizes], arguments: &A
             "tflops": peaks.flops / 1e12,
         }),
     )?;
+    let mut failed = vec![];
     for sizes in sizes {
-        for row in rows {
-            let mut inputs = Inputs::new(&chosen.device, dtype, Values::Drawn);
-            let mut work = (row.prepare)(&mut inputs, sizes)?;
-            let timing = time(inputs.device(), effort, 1, &mut work.call)?;
-            let (moving, computing) = (work.bytes / peaks.bytes, work.flops / peaks.flops);
-            let bound = if work.is_product && computing > moving { "arithmetic" } else { "memory" };
-            let floor = if bound == "memory" { moving } else { computing };
-            crate::deliver(
-                &chosen.description,
-                serde_json::json!({
-                    "bench": "kernel",
-                    "kernel": row.name,
-                    "sizes": sizes.name,
-                    "shape": work.shape,
-                    "dtype": arguments.dtype,
-                    "us": timing.median * 1e6,
-                    "us_min": timing.min * 1e6,
-                    "us_max": timing.max * 1e6,
-                    "floor_us": floor * 1e6,
-                    "share_of_floor": floor / timing.median,
-                    "bound": bound,
-                    "gb_per_s": work.bytes / timing.median / 1e9,
-                    "tflops": work.flops / timing.median / 1e12,
-                }),
-            )?;
+        for row in rows.iter().filter(|row| row.is_on(chosen, dtype)) {
+            let timed = AssertUnwindSafe(|| time_one(chosen, row, sizes, dtype, effort, &peaks));
+            // One kernel that a device cannot run does not take the numbers of the others with it.
+            match std::panic::catch_unwind(timed).unwrap_or_else(|_| bail!("panicked, see above")) {
+                Ok(line) => crate::deliver(&chosen.description, line)?,
+                Err(problem) => failed.push(format!("{} {}: {problem:#}", row.name, sizes.name)),
+            }
         }
     }
+    if !failed.is_empty() {
+        bail!("{} kernels could not be timed: {}", failed.len(), failed.join("; "));
+    }
     Ok(())
+}
+
+/// The line of one kernel.
+fn time_one(
+    chosen: &ChosenDevice,
+    row: &Row,
+    sizes: &Sizes,
+    dtype: FloatDType,
+    effort: Effort,
+    peaks: &Peaks,
+) -> anyhow::Result<serde_json::Value> {
+    let mut inputs = Inputs::new(&chosen.device, dtype, Values::Drawn);
+    let mut work = (row.prepare)(&mut inputs, sizes)?;
+    let timing = time(inputs.device(), effort, 1, &mut work.call)?;
+    let (moving, computing) = (work.bytes / peaks.bytes, work.flops / peaks.flops);
+    let bound = if work.is_product && computing > moving { "arithmetic" } else { "memory" };
+    let floor = if bound == "memory" { moving } else { computing };
+    Ok(serde_json::json!({
+        "bench": "kernel",
+        "kernel": row.name,
+        "sizes": sizes.name,
+        "shape": work.shape,
+        "dtype": format!("{dtype:?}").to_lowercase(),
+        "us": timing.median * 1e6,
+        "us_min": timing.min * 1e6,
+        "us_max": timing.max * 1e6,
+        "floor_us": floor * 1e6,
+        "share_of_floor": floor / timing.median,
+        "bound": bound,
+        "gb_per_s": work.bytes / timing.median / 1e9,
+        "tflops": work.flops / timing.median / 1e12,
+    }))
 }

@@ -3,7 +3,8 @@
 
 use burn::backend::Dispatch;
 use burn::tensor::{FloatDType, Tensor};
-use lowrank_kernels::{self as kernels, Activation, AdamW, LowRankOps};
+use lowrank_kernels::{self as kernels, Activation, AdamW, AttentionHints, AttentionRoute, KnownKeys, LowRankOps};
+use lowrank_train::device::ChosenDevice;
 
 use super::inputs::Inputs;
 
@@ -104,11 +105,20 @@ pub struct Row {
     pub name: &'static str,
     /// Whether its results are the same on all devices, so that they can be compared.
     pub is_repeatable: bool,
+    /// Whether it is only there for tensor cores in 16 bits.
+    pub needs_fragments: bool,
     pub prepare: fn(&mut Inputs, &Sizes) -> anyhow::Result<Work>,
 }
 
 const fn row(name: &'static str, prepare: fn(&mut Inputs, &Sizes) -> anyhow::Result<Work>) -> Row {
-    Row { name, is_repeatable: true, prepare }
+    Row { name, is_repeatable: true, needs_fragments: false, prepare }
+}
+
+impl Row {
+    /// Whether a device has it in a type.
+    pub fn is_on(&self, chosen: &ChosenDevice, dtype: FloatDType) -> bool {
+        !self.needs_fragments || (chosen.description.starts_with("cuda") && dtype != FloatDType::F32)
+    }
 }
 
 pub const ROWS: &[Row] = &[
@@ -122,8 +132,24 @@ pub const ROWS: &[Row] = &[
     row("rms_norm", rms_norm),
     row("rms_norm_backward", rms_norm_backward),
     row("rotary", rotary),
-    row("attention", attention),
-    row("attention_backward", attention_backward),
+    row("attention", |inputs, sizes| attention(inputs, sizes, AttentionRoute::Chosen)),
+    row("attention by chunks", |inputs, sizes| attention(inputs, sizes, AttentionRoute::Chunks(0))),
+    row("attention in registers", |inputs, sizes| attention(inputs, sizes, AttentionRoute::Registers)),
+    Row {
+        needs_fragments: true,
+        ..row("attention in fragments", |inputs, sizes| attention(inputs, sizes, AttentionRoute::Fragments))
+    },
+    row("attention_backward", |inputs, sizes| attention_backward(inputs, sizes, AttentionRoute::Chosen)),
+    row("attention_backward by chunks", |inputs, sizes| attention_backward(inputs, sizes, AttentionRoute::Chunks(0))),
+    row("attention_backward in registers", |inputs, sizes| {
+        attention_backward(inputs, sizes, AttentionRoute::Registers)
+    }),
+    Row {
+        needs_fragments: true,
+        ..row("attention_backward in fragments", |inputs, sizes| {
+            attention_backward(inputs, sizes, AttentionRoute::Fragments)
+        })
+    },
     row("gated", gated),
     row("gated_backward", gated_backward),
     row("cross_entropy", cross_entropy),
@@ -275,33 +301,39 @@ fn attention_inputs(inputs: &mut Inputs, s: &Sizes) -> ([Tensor<4>; 3], Tensor<3
     (qkv, inputs.integers(ranges, [s.batch, s.seq, 2]), floats, products)
 }
 
+/// What a causal model tells the kernel.
+fn causal(route: AttentionRoute) -> AttentionHints {
+    AttentionHints { keys: KnownKeys::Band { offset: 0, window: None }, route }
+}
+
 fn attention_shape(s: &Sizes) -> String {
     format!("{} x {}, {} heads of {}, {} of keys", s.batch, s.seq, s.heads, s.head_dim, s.kv_heads)
 }
 
-fn attention(inputs: &mut Inputs, s: &Sizes) -> anyhow::Result<Work> {
+fn attention(inputs: &mut Inputs, s: &Sizes, route: AttentionRoute) -> anyhow::Result<Work> {
     let ([q, k, v], ranges, floats, products) = attention_inputs(inputs, s);
     let bytes = inputs.width() * (floats + product(&[s.tokens(), s.heads, s.head_dim]));
     let scale = 1.0 / (s.head_dim as f32).sqrt();
     work(attention_shape(s), 2.0 * products, bytes, true, move || {
-        vec![Out::D4(kernels::attention(q.clone(), k.clone(), v.clone(), ranges.clone(), scale, 0.0))]
+        let (q, k, v) = (q.clone(), k.clone(), v.clone());
+        vec![Out::D4(kernels::attention_with(q, k, v, ranges.clone(), scale, 0.0, causal(route)).0)]
     })
 }
 
-fn attention_backward(inputs: &mut Inputs, s: &Sizes) -> anyhow::Result<Work> {
+fn attention_backward(inputs: &mut Inputs, s: &Sizes, route: AttentionRoute) -> anyhow::Result<Work> {
     let ([q, k, v], ranges, floats, products) = attention_inputs(inputs, s);
     let d_out = inputs.tensor([s.batch, s.seq, s.heads, s.head_dim]);
     let bytes = inputs.width() * (2.0 * floats + 2.0 * product(&[s.tokens(), s.heads, s.head_dim]));
     let scale = 1.0 / (s.head_dim as f32).sqrt();
     let primitives = move || [&q, &k, &v].map(|tensor| tensor.clone().into_dispatch());
     let [pq, pk, pv] = primitives();
-    let (out, lse) = Dispatch::range_attention(pq, pk, pv, ranges.clone().into_dispatch(), scale, 0.0);
+    let (out, lse) = Dispatch::range_attention(pq, pk, pv, ranges.clone().into_dispatch(), scale, 0.0, causal(route));
     // five products instead of two
     work(attention_shape(s), 5.0 * products, bytes, true, move || {
         let ([q, k, v], ranges) = (primitives(), ranges.clone().into_dispatch());
         let d_out = d_out.clone().into_dispatch();
-        let (dq, dk, dv) =
-            Dispatch::range_attention_backward(q, k, v, out.clone(), lse.clone(), d_out, ranges, scale, 0.0);
+        let (out, lse, hints) = (out.clone(), lse.clone(), causal(route));
+        let (dq, dk, dv) = Dispatch::range_attention_backward(q, k, v, out, lse, d_out, ranges, scale, 0.0, hints);
         [dq, dk, dv].map(|gradient| Out::D4(Tensor::from_dispatch(gradient))).into()
     })
 }
