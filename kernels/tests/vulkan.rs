@@ -211,7 +211,7 @@ fn operations_agree_with_the_cpu() {
             std::env::set_var("XDG_RUNTIME_DIR", std::env::temp_dir());
         }
     }
-    let operations: [(&str, fn(&Device) -> Vec<Vec<f32>>); 12] = [
+    let operations: [(&str, fn(&Device) -> Vec<Vec<f32>>); 16] = [
         ("linear", linear),
         ("lowrank_linear", lowrank_linear),
         ("projected_linear", projected_linear),
