@@ -23,6 +23,7 @@ pub mod calibration;
 pub mod conv;
 pub mod delta;
 pub mod diagnostics;
+pub mod directions;
 pub mod linalg;
 pub mod lowrank;
 pub mod optim;
@@ -32,5 +33,6 @@ pub mod random;
 
 pub use base::Base;
 pub use delta::Delta;
+pub use directions::Directions;
 pub use lowrank::LowRank;
 pub use projection::Projection;
