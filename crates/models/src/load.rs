@@ -80,9 +80,23 @@ pub fn load_quantised(
 /// # Errors
 /// An unusable `config.json`.
 pub fn random(folder: &Path, dtype: FloatDType, seed: u64, device: &Device) -> Result<Decoder, LoadError> {
+    random_quantised(folder, dtype, &|_| None, seed, device)
+}
+
+/// As [`random`], with the weights of some linear layers packed.
+///
+/// # Errors
+/// As [`random`]; a format that does not exist.
+pub fn random_quantised(
+    folder: &Path,
+    dtype: FloatDType,
+    quantise: Quantise<'_>,
+    seed: u64,
+    device: &Device,
+) -> Result<Decoder, LoadError> {
     let config = DecoderConfig::read(folder)?;
     let (deviation, norm) = (f64::from(config.initializer_range), 1.0 - config.norm_offset);
-    build(config, dtype, &|_| None, device, &mut |_, _, _| {}, |name, shape, dtype| {
+    build(config, dtype, quantise, device, &mut |_, _, _| {}, |name, shape, dtype| {
         let count = shape.iter().product::<usize>();
         let stream = Stream::new(seed, name);
         let values: Vec<f32> = match shape.len() {
@@ -140,7 +154,7 @@ impl<F: FnMut(&str, &[usize], FloatDType) -> Result<TensorData, LoadError>> Sour
         let weight = quantisation
             .pack(&values, [d_in, d_out], self.device)
             .map_err(|source| LoadError::Quantise { name, source })?;
-        Ok(Base::Packed(PackedBase { weight, quantisation, dtype: self.dtype }))
+        Ok(Base::Packed(PackedBase::frozen(weight, quantisation, self.dtype)))
     }
     fn norm(&mut self, name: &str, width: usize) -> Result<Norm, LoadError> {
         let data = self.data(&format!("{name}.weight"), &[width])?;

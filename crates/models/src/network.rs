@@ -131,6 +131,18 @@ pub trait Network: Module {
     /// Calls `change` for every linear layer with its full name: those of the blocks in order, then those of the head.
     fn for_each_projection(&mut self, change: &mut dyn FnMut(&str, &mut Projection));
 
+    /// The same without changing any.
+    fn visit_projections(&self, visit: &mut dyn FnMut(&str, &Projection)) {
+        for (index, block) in self.blocks().iter().enumerate() {
+            for (name, projection) in Self::projections(block) {
+                visit(&format!("{}.{name}", self.block_name(index)), projection);
+            }
+        }
+        for (name, projection) in Self::head_projections(&self.head()) {
+            visit(&name, projection);
+        }
+    }
+
     /// Module name of the token embedding that an adapter may change.
     fn embedding_name(&self) -> Option<&'static str>;
 
