@@ -6,7 +6,7 @@ use burn::tensor::{FloatDType, Gradients, Int, Tensor};
 pub use crate::adamw::AdamW;
 pub use crate::attention::{AttentionHints, AttentionRoute, KnownKeys};
 pub use crate::gated::Activation;
-use crate::{LowRankOps, Maybe, Weight};
+use crate::{LowRankOps, Maybe, Packed, Weight};
 
 /// `y = x w + bias`. Gradients for `x`, and for `w` and `bias` only where they are trained.
 ///
@@ -83,6 +83,36 @@ pub fn projected_linear(
     ))
 }
 
+/// [`projected_linear`] on a weight that is held as codes: what would be the gradient of `w` becomes that of the placeholder
+/// `slot`, which has any shape. Without `left` and `right` it is `dW` itself.
+///
+/// # Panics
+/// As [`projected_linear`].
+pub fn packed_projected_linear(
+    x: Tensor<2>,
+    w: Packed,
+    bias: Option<Tensor<1>>,
+    left: Option<Tensor<2>>,
+    right: Option<Tensor<2>>,
+    pending: Option<(Tensor<2>, f32)>,
+    slot: Tensor<2>,
+) -> Tensor<2> {
+    let (up, keep) = match pending {
+        Some((up, keep)) => (Some(up), keep),
+        None => (None, 1.0),
+    };
+    Tensor::from_dispatch(Dispatch::packed_projected_linear(
+        x.into_dispatch(),
+        w.into_parts(),
+        Maybe::from_option(bias.map(Tensor::into_dispatch)),
+        optional(left),
+        optional(right),
+        optional(up),
+        keep,
+        slot.into_dispatch(),
+    ))
+}
+
 /// `y = x w + bias`, where the two factors of `dW = x^T dy` become the gradients of the placeholders, and `w` gets none. With
 /// an offset, the layer acts as `keep w + down up`.
 ///
@@ -93,7 +123,7 @@ pub fn projected_linear(
 /// As Burn does, where sizes or element types differ.
 pub fn factored_linear(
     x: Tensor<2>,
-    w: Tensor<2>,
+    w: impl Into<Weight>,
     bias: Option<Tensor<1>>,
     offset: Option<Offset>,
     x_slot: Tensor<2>,
@@ -103,16 +133,13 @@ pub fn factored_linear(
         Some(Offset { down, up, keep }) => (Some(down), Some(up), keep),
         None => (None, None, 1.0),
     };
-    Tensor::from_dispatch(Dispatch::factored_linear(
-        x.into_dispatch(),
-        w.into_dispatch(),
-        Maybe::from_option(bias.map(Tensor::into_dispatch)),
-        optional(down),
-        optional(up),
-        keep,
-        x_slot.into_dispatch(),
-        dy_slot.into_dispatch(),
-    ))
+    let (x, bias) = (x.into_dispatch(), Maybe::from_option(bias.map(Tensor::into_dispatch)));
+    let (down, up) = (optional(down), optional(up));
+    let (x_slot, dy_slot) = (x_slot.into_dispatch(), dy_slot.into_dispatch());
+    Tensor::from_dispatch(match w.into() {
+        Weight::Dense(w) => Dispatch::factored_linear(x, w.into_dispatch(), bias, down, up, keep, x_slot, dy_slot),
+        Weight::Packed(w) => Dispatch::packed_factored_linear(x, w.into_parts(), bias, down, up, keep, x_slot, dy_slot),
+    })
 }
 
 /// `y = x w + bias + scale (mask * x) down up`; `w` never gets a gradient, and no dense delta exists.

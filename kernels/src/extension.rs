@@ -112,7 +112,7 @@ pub trait LowRankOps: Backend {
         up: FloatTensor<Self>,
         scale: f32,
     ) -> FloatTensor<Self> {
-        let w = Operand::Packed(w);
+        let w = Operand::Packed(Box::new(w));
         lowrank_linear::forward::<Self>(x, w, bias.option(), mask.option(), down, up, scale).0
     }
 
@@ -177,7 +177,7 @@ pub trait LowRankOps: Backend {
         scaled_basis::backward_reference::<Self>(a, lambda, gamma, dy)
     }
 
-    /// The values of outputs `first..first + rows` of a packed weight, `[rows, d_in]`.
+    /// The values of rows `first..first + rows` of the flattened matrix of a packed weight.
     #[fusion(default)]
     fn dequantise(
         #[extension_type] w: PackedParts<Self>,
@@ -200,7 +200,23 @@ pub trait LowRankOps: Backend {
         keep: f32,
     ) -> FloatTensor<Self> {
         let offset = projected_linear::Offset::from_options(left.option(), up.option(), keep);
-        projected_linear::forward::<Self>(x, w, bias.option(), offset.as_ref())
+        projected_linear::forward::<Self>(x, Operand::Dense(w), bias.option(), offset.as_ref())
+    }
+
+    /// See [`crate::packed_projected_linear`].
+    #[fusion(default)]
+    fn packed_projected_linear(
+        x: FloatTensor<Self>,
+        #[extension_type] w: PackedParts<Self>,
+        #[extension_type] bias: Maybe<Self>,
+        #[extension_type] left: Maybe<Self>,
+        #[extension_type] _right: Maybe<Self>,
+        #[extension_type] up: Maybe<Self>,
+        keep: f32,
+        _slot: FloatTensor<Self>,
+    ) -> FloatTensor<Self> {
+        let offset = projected_linear::Offset::from_options(left.option(), up.option(), keep);
+        projected_linear::forward::<Self>(x, Operand::Packed(Box::new(w)), bias.option(), offset.as_ref())
     }
 
     /// See [`crate::factored_linear`].
@@ -216,7 +232,23 @@ pub trait LowRankOps: Backend {
         _dy_slot: FloatTensor<Self>,
     ) -> FloatTensor<Self> {
         let offset = projected_linear::Offset::from_options(down.option(), up.option(), keep);
-        projected_linear::forward::<Self>(x, w, bias.option(), offset.as_ref())
+        projected_linear::forward::<Self>(x, Operand::Dense(w), bias.option(), offset.as_ref())
+    }
+
+    /// See [`crate::factored_linear`].
+    #[fusion(default)]
+    fn packed_factored_linear(
+        x: FloatTensor<Self>,
+        #[extension_type] w: PackedParts<Self>,
+        #[extension_type] bias: Maybe<Self>,
+        #[extension_type] down: Maybe<Self>,
+        #[extension_type] up: Maybe<Self>,
+        keep: f32,
+        _x_slot: FloatTensor<Self>,
+        _dy_slot: FloatTensor<Self>,
+    ) -> FloatTensor<Self> {
+        let offset = projected_linear::Offset::from_options(down.option(), up.option(), keep);
+        projected_linear::forward::<Self>(x, Operand::Packed(Box::new(w)), bias.option(), offset.as_ref())
     }
 
     /// See [`crate::rms_norm`].
@@ -458,7 +490,7 @@ mod autodiff {
             scale: f32,
         ) -> FloatTensor<Self> {
             let (constant, trained) = linear::split_bias::<B, C>(bias.option());
-            let (w, mask) = (Operand::Packed(packed::autodiff::inner::<B, C>(w)), mask.option());
+            let (w, mask) = (Operand::Packed(Box::new(packed::autodiff::inner::<B, C>(w))), mask.option());
             let mask = mask.map(|mask| mask.into_primitive());
             let y = lowrank_linear::factors::<B, C>(x, w, constant, mask, down, up, scale);
             linear::add_trained_bias::<B, C>(y, trained)
@@ -514,6 +546,34 @@ mod autodiff {
             dy_slot: FloatTensor<Self>,
         ) -> FloatTensor<Self> {
             let [bias, down, up] = [bias, down, up].map(Maybe::option);
+            let w = Operand::Dense(w.into_primitive()); // its gradient leaves as two factors, not through its own node
+            projected_linear::factored::<B, C>(x, w, bias, down, up, keep, x_slot, dy_slot)
+        }
+        fn packed_projected_linear(
+            x: FloatTensor<Self>,
+            w: PackedParts<Self>,
+            bias: Maybe<Self>,
+            left: Maybe<Self>,
+            right: Maybe<Self>,
+            up: Maybe<Self>,
+            keep: f32,
+            slot: FloatTensor<Self>,
+        ) -> FloatTensor<Self> {
+            let [bias, left, right, up] = [bias, left, right, up].map(Maybe::option);
+            projected_linear::packed::<B, C>(x, w, bias, left, right, up, keep, slot)
+        }
+        fn packed_factored_linear(
+            x: FloatTensor<Self>,
+            w: PackedParts<Self>,
+            bias: Maybe<Self>,
+            down: Maybe<Self>,
+            up: Maybe<Self>,
+            keep: f32,
+            x_slot: FloatTensor<Self>,
+            dy_slot: FloatTensor<Self>,
+        ) -> FloatTensor<Self> {
+            let [bias, down, up] = [bias, down, up].map(Maybe::option);
+            let w = Operand::Packed(Box::new(packed::autodiff::inner::<B, C>(w)));
             projected_linear::factored::<B, C>(x, w, bias, down, up, keep, x_slot, dy_slot)
         }
         fn rms_norm(x: FloatTensor<Self>, gamma: FloatTensor<Self>, eps: f32, offset: f32) -> FloatTensor<Self> {

@@ -6,6 +6,7 @@
 //! | [`lowrank_linear`] | `x W + b + s (D(x) A) B` | arithmetic | yes | gemm, delta accumulated in place; `W + s A B` for large r |
 //! | both on a [`Packed`] weight | the same, dequantised panel by panel | arithmetic | yes | gemm on a scratch buffer |
 //! | [`projected_linear`] | `x W + b` with `P^T dW Q` as the gradient of W | arithmetic | yes | gemm |
+//! | [`packed_projected_linear`] | the same on codes, with a placeholder for the gradient | arithmetic | yes | gemm |
 //! | [`factored_linear`] | `x W + b` that hands over `x` and `dy` instead of `dW` | arithmetic | yes | gemm |
 //! | [`lowrank_shift`] | `x + s (x A) B` | arithmetic | yes | gemm, accumulated into a copy of x |
 //! | [`column_scale`] | `z * c + b`, c trained | memory | yes | in place |

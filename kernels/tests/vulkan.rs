@@ -11,7 +11,7 @@ use std::time::Instant;
 
 use burn::tensor::{Device, FloatDType, Int, Tensor, TensorData};
 use lowrank_kernels as kernels;
-use lowrank_kernels::packed::{self, Format, Layout, Nested, Scales};
+use lowrank_kernels::packed::{self, Format, Layout, Nested, Order, Scales};
 use lowrank_kernels::{Activation, AdamW, AttentionHints, AttentionRoute, KnownKeys, Packed};
 
 /// Relative bound in f32: sums run in another order than on the CPU.
@@ -117,7 +117,7 @@ fn factored_linear(device: &Device) -> Vec<Vec<f32>> {
 fn packed_linear(device: &Device) -> Vec<Vec<f32>> {
     let [codes, bytes] = [8, 16].map(|count| (0..count).map(|i| (number(7, i) * 2e9) as i32).collect::<Vec<_>>());
     let values = |seed, count| packed::scales((0..count).map(|i| number(seed, i)).collect(), device);
-    let layout = |format, block, nested| Layout { format, block, dims: [8, 8], nested };
+    let layout = |format, block, nested| Layout { format, block, dims: [8, 8], order: Order::Outputs, nested };
     let plain = Scales::Table { table: values(3, 16), scale: values(4, 8) };
     let nested = Scales::Nested {
         table: values(3, 16),
@@ -134,7 +134,12 @@ fn packed_linear(device: &Device) -> Vec<Vec<f32>> {
             nested,
         ),
         Packed::new(layout(Format::Int4, 16, None), packed::words(codes, device), affine.clone()),
-        Packed::new(layout(Format::Int8, 16, None), packed::words(bytes, device), affine),
+        Packed::new(layout(Format::Int8, 16, None), packed::words(bytes.clone(), device), affine.clone()),
+        Packed::new(
+            Layout { order: Order::Inputs, ..layout(Format::Int8, 16, None) },
+            packed::words(bytes, device),
+            affine,
+        ),
     ];
     let run = |w: Packed| {
         let (x, down, up) = (leaf(1, [8, 8], device), leaf(3, [8, 8], device), leaf(4, [8, 8], device));

@@ -81,6 +81,20 @@ pub fn load_quantised(
 /// # Errors
 /// An unusable `config.json`.
 pub fn random(folder: &Path, dtype: FloatDType, seed: u64, device: &Device) -> Result<Decoder, LoadError> {
+    random_quantised(folder, dtype, &|_| None, seed, device)
+}
+
+/// As [`random`], with the weights of some linear layers packed.
+///
+/// # Errors
+/// As [`random`]; a format that does not exist.
+pub fn random_quantised(
+    folder: &Path,
+    dtype: FloatDType,
+    quantise: Quantise<'_>,
+    seed: u64,
+    device: &Device,
+) -> Result<Decoder, LoadError> {
     let config = DecoderConfig::read(folder)?;
     let (deviation, norm) = (f64::from(config.initializer_range), 1.0 - config.norm_offset);
     let values = |name: &str, shape: &[usize], dtype: FloatDType| {
@@ -93,7 +107,7 @@ pub fn random(folder: &Path, dtype: FloatDType, seed: u64, device: &Device) -> R
         };
         Ok(TensorData::new(values, shape.to_vec()).convert_dtype(dtype.into()))
     };
-    build(config, dtype, &|_| None, device, &mut |_, _, _| {}, OnHost(values))
+    build(config, dtype, quantise, device, &mut |_, _, _| {}, OnHost(values))
 }
 
 /// As [`random`], drawn by the device itself, whose generator decides the values; the codes of quantised weights are drawn as
@@ -238,7 +252,7 @@ impl<T: Tensors> Source<'_, T> {
         };
         self.tell(&name);
         let weight = self.tensors.packed(&name, [d_in, d_out], quantisation, self.device)?;
-        Ok(Base::Packed(PackedBase { weight, quantisation, dtype: self.dtype }))
+        Ok(Base::Packed(PackedBase::frozen(weight, quantisation, self.dtype)))
     }
     fn norm(&mut self, name: &str, width: usize) -> Result<Norm, LoadError> {
         Ok(Norm::frozen(self.dense(&format!("{name}.weight"), [width])?))

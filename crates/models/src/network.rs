@@ -150,6 +150,18 @@ pub trait Network: Module {
         });
     }
 
+    /// The same without changing any.
+    fn visit_projections(&self, visit: &mut dyn FnMut(&str, &Projection)) {
+        for (index, block) in self.blocks().iter().enumerate() {
+            for (name, projection) in Self::projections(block) {
+                visit(&format!("{}.{name}", self.block_name(index)), projection);
+            }
+        }
+        for (name, projection) in Self::head_projections(&self.head()) {
+            visit(&name, projection);
+        }
+    }
+
     /// Module name of the token embedding that an adapter may change.
     fn embedding_name(&self) -> Option<&'static str>;
 

@@ -86,26 +86,32 @@ pub fn tensors(decoder: &Decoder, dtype: Dtype) -> Vec<OutTensor<'static>> {
             crate::hf::dtype::from_f32(&host_values(value), dtype)
         }));
     });
-    let packed = |(name, projection): (String, &Projection)| match &projection.weight {
-        Base::Dense(_) => None,
-        Base::Packed(base) => {
-            let (weight, [d_in, d_out]) = (base.weight.clone(), projection.dims());
-            Some(OutTensor::new(format!("{name}.weight"), dtype, &[d_out, d_in], move || {
-                crate::hf::dtype::from_f32(&host_values(weight.rows(0..d_out, FloatDType::F32)), dtype)
-            }))
-        }
-    };
-    for (index, block) in decoder.blocks().iter().enumerate() {
-        let full = |(name, projection)| (format!("{}.{name}", decoder.block_name(index)), projection);
-        out.extend(Decoder::projections(block).into_iter().map(full).filter_map(packed));
-    }
-    out.extend(Decoder::head_projections(&decoder.head()).into_iter().filter_map(packed));
+    decoder.visit_projections(&mut |module, projection| {
+        out.extend(packed(&format!("{module}.weight"), projection, dtype));
+    });
     out
+}
+
+/// A packed weight as the values that its codes stand for, `[d_out, d_in]`.
+pub(crate) fn packed(name: &str, projection: &Projection, dtype: Dtype) -> Option<OutTensor<'static>> {
+    let Base::Packed(base) = &projection.weight else { return None };
+    let (weight, [d_in, d_out]) = (base.weight.clone(), projection.dims());
+    Some(OutTensor::new(name, dtype, &[d_out, d_in], move || {
+        crate::hf::dtype::from_f32(&host_values(weight.dense(FloatDType::F32).transpose()), dtype)
+    }))
 }
 
 /// Number of parameters of a model.
 pub fn parameter_count(decoder: &Decoder) -> usize {
     decoder.num_params() + held(decoder).packed
+}
+
+/// How many numbers of a model are trained, and how many there are, packed weights included.
+pub fn parameter_counts<M: Network>(model: &M) -> (usize, usize) {
+    let held = held(model);
+    let trained = parameters::trained(model);
+    let dense: usize = trained.iter().map(|(_, dims)| dims.iter().product::<usize>()).sum();
+    (dense + held.trained, model.num_params() + held.packed)
 }
 
 /// What the weights of a model's linear layers cost.
@@ -115,6 +121,8 @@ pub struct Held {
     pub packed: usize,
     /// Bytes of packed weights.
     pub packed_bytes: usize,
+    /// Values of packed weights that are trained.
+    pub trained: usize,
     /// Values of dense weights.
     pub dense: usize,
     /// Bytes of dense weights.
@@ -127,8 +135,9 @@ impl std::fmt::Display for Held {
         let mib = |bytes: usize| bytes as f64 / f64::from(1 << 20);
         write!(
             out,
-            "linear layers: {} weights packed in {:.1} MiB, {:.3} bytes each; {} dense in {:.1} MiB; {:.3} bytes on average",
+            "linear layers: {} weights{} packed in {:.1} MiB, {:.3} bytes each; {} dense in {:.1} MiB; {:.3} bytes on average",
             self.packed,
+            if self.trained > 0 { ", trained," } else { "" },
             mib(self.packed_bytes),
             bytes_each(self.packed_bytes, self.packed),
             self.dense,
@@ -141,16 +150,15 @@ impl std::fmt::Display for Held {
 /// Counts the weights of the linear layers by how they are held.
 pub fn held<M: Network>(model: &M) -> Held {
     let mut held = Held::default();
-    let mut add = |projections: Vec<(String, &Projection)>| {
-        for (_, projection) in projections {
-            let (values, bytes) = (projection.dims().iter().product::<usize>(), projection.weight.bytes());
-            match projection.weight {
-                Base::Packed(_) => (held.packed, held.packed_bytes) = (held.packed + values, held.packed_bytes + bytes),
-                Base::Dense(_) => (held.dense, held.dense_bytes) = (held.dense + values, held.dense_bytes + bytes),
+    model.visit_projections(&mut |_, projection| {
+        let (values, bytes) = (projection.dims().iter().product::<usize>(), projection.weight.bytes());
+        match &projection.weight {
+            Base::Packed(base) => {
+                (held.packed, held.packed_bytes) = (held.packed + values, held.packed_bytes + bytes);
+                held.trained += if base.trained { values } else { 0 };
             }
+            Base::Dense(_) => (held.dense, held.dense_bytes) = (held.dense + values, held.dense_bytes + bytes),
         }
-    };
-    model.blocks().iter().for_each(|block| add(M::projections(block)));
-    add(M::head_projections(&model.head()));
+    });
     held
 }

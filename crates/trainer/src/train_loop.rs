@@ -6,12 +6,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
-use burn::module::Module as _;
 use lowrank_core::Delta;
 use lowrank_core::optim::Optimizer;
 use lowrank_core::optim::adamw::StepRule;
 use lowrank_core::projection::Gradient;
-use lowrank_models::{Network, NetworkBatch, parameters};
+use lowrank_models::{Network, NetworkBatch, save};
 
 use crate::checkpoint::{self, Counters, Exact, WriteAdapter};
 use crate::config::{OnNonFinite, RunConfig};
@@ -397,8 +396,7 @@ impl<T: TrainingTask> Run<'_, T> {
     }
 
     fn summary(&mut self, ended_by: &str, started: Instant) -> SummaryLine {
-        let trained = parameters::trained(self.task.model());
-        let count = |dims: &[usize]| dims.iter().product::<usize>() as u64;
+        let (trained, total) = save::parameter_counts(self.task.model());
         SummaryLine {
             step: self.counters.step,
             ended_by: ended_by.to_owned(),
@@ -408,8 +406,8 @@ impl<T: TrainingTask> Run<'_, T> {
             best_step: self.counters.best.map(|(_, step)| step),
             exact_match: self.counters.exact_match.map(|share| share.0),
             scores: self.counters.scores.iter().map(|(name, score)| (name.clone(), score.0)).collect(),
-            trainable_parameters: trained.iter().map(|(_, dims)| count(dims)).sum(),
-            total_parameters: self.task.model().num_params() as u64,
+            trainable_parameters: trained as u64,
+            total_parameters: total as u64,
             tokens: self.counters.tokens,
             peak_memory_bytes: self.memory.read().peak_bytes,
             predicted_peak_memory_bytes: self.predicted_bytes,

@@ -241,6 +241,8 @@ fn killed_runs_of_every_low_rank_method_give_the_same_bits() {
         format!("galore = {{ {galore}, proj_type = \"output\", inner = \"adamw8bit\", weights = \"bf16\" }}"),
         format!("galore = {{ {galore}, merge = \"deferred\", weights = \"bf16\", weight_decay = 0.1 }}"),
         "q_galore = { rank = 8, update_proj_gap = 2, queue_size = 2, cos_threshold = 0.01 }".to_owned(),
+        "q_galore = { rank = 8, update_proj_gap = 4, proj_type = \"full\", basis_bits = 8, group_size = 32 }"
+            .to_owned(),
         "dct_adamw = { rank = 8, update_proj_gap = 4, projected = true }".to_owned(),
         "dct_adamw = { rank = 8, error_feedback = true }".to_owned(),
         "apollo = { rank = 4, update_proj_gap = 4 }".to_owned(),

@@ -10,8 +10,9 @@ use super::Classifier;
 use super::layout::TensorSpec;
 use super::load::name_on_disk;
 use crate::hf::{Dtype, HfError, OutTensor};
+use crate::network::Network as _;
 use crate::parameters;
-use crate::save::{Place, host_values, write_folder};
+use crate::save::{Place, host_values, packed, write_folder};
 
 /// Writes the model to `folder` in `dtype`, with the configuration and companion files of `origin` carried along.
 ///
@@ -43,6 +44,9 @@ pub fn tensors(classifier: &Classifier, dtype: Dtype) -> Vec<OutTensor<'static>>
             let value = if flipped { value.transpose() } else { value };
             crate::hf::dtype::from_f32(&host_values(value), dtype)
         }));
+    });
+    classifier.visit_projections(&mut |module, projection| {
+        out.extend(packed(&name_on_disk(family, &format!("{module}.weight")), projection, dtype));
     });
     for (name, value) in classifier.buffers() {
         let shape = value.dims();

@@ -3,8 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
-use burn::module::Module as _;
-use lowrank_models::parameters;
+use lowrank_models::save;
 
 use crate::checkpoint::{self, Counters};
 use crate::classification::ClassifierSession;
@@ -107,8 +106,7 @@ fn announce<T: TrainingTask>(config: &RunConfig, task: &T, config_text: &str) {
     for line in config_text.lines().filter(|line| !line.starts_with('#') && !line.is_empty()) {
         tracing::info!("  {line}");
     }
-    let trained: usize = parameters::trained(task.model()).iter().map(|(_, dims)| dims.iter().product::<usize>()).sum();
-    let total = task.model().num_params();
+    let (trained, total) = save::parameter_counts(task.model());
     let share = 100.0 * trained as f64 / total.max(1) as f64;
     let what = match task.adapter() {
         Some(adapter) => format!("adapter on {} modules", adapter.attached.modules.len()),

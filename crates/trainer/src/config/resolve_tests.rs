@@ -343,7 +343,7 @@ fn impossible_combinations_of_low_rank_optimisers() {
             "base_model = \"m\"\noutput_dir = \"o\"\n[optimizer]\n{optimizer}\n[data]\ntrain = \"t.txt\"\n[training]\nmax_steps = 10\n"
         )
     };
-    let cases: [(&str, &[&str], &str); 9] = [
+    let cases: [(&str, &[&str], &str); 10] = [
         (
             "galore = {}",
             &["adapter.lora.r=4"],
@@ -370,6 +370,11 @@ fn impossible_combinations_of_low_rank_optimisers() {
         ("galore = { momentum = 0.5 }", &[], "optimizer.galore.momentum is set, but AdamW has betas"),
         ("galore = { rank = 0 }", &[], "optimizer.galore.rank is 0, must be at least 1"),
         ("q_galore = { basis_bits = 3 }", &[], "optimizer.q_galore.basis_bits is 3, must be 4 or 8"),
+        (
+            "q_galore = { group_size = 100 }",
+            &[],
+            "optimizer.q_galore.group_size is 100, must be a power of two between 32 and 4096",
+        ),
         (
             "dct_adamw = { projected = true, score = \"l1\" }",
             &[],
