@@ -21,8 +21,9 @@
 //! | [`stochastic_round`] | f32 to 16 bits, mean kept | memory | yes | one pass |
 //! | [`sum_squares`] | for gradient norms | memory | yes | one pass |
 //!
-//! Every operation is a method of [`LowRankOps`] with a default body in plain tensor operations (the reference, used on GPUs) and
-//! a hand-written backward that serves all backends.
+//! Every operation is a method of [`LowRankOps`] with a default body in plain tensor operations (the reference) and a hand-written
+//! backward that serves all backends. On GPUs [`rms_norm`], [`gated`] and [`attention`] have CubeCL kernels (`gpu/`), the other
+//! operations run as references, which Burn fuses.
 
 #[cfg(feature = "flex")]
 mod cpu;
