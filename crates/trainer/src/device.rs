@@ -144,7 +144,9 @@ pub fn compute_type(dtype: Dtype, chosen: &ChosenDevice) -> Result<FloatDType, P
 pub fn kernels(description: &str) -> &'static str {
     match description.starts_with("cpu") {
         true => "the CPU's own loops",
-        false => "own kernels for norms, gated activations and attention; the rest as plain tensor operations, fused by Burn",
+        false => {
+            "own kernels for norms, gated activations and attention; the rest as plain tensor operations, fused by Burn"
+        }
     }
 }
 

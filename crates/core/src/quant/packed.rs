@@ -135,9 +135,11 @@ impl Quantisation {
         let scale = |count, largest: f64| Tensor::full([count], largest * deviation, (device, DType::F32));
         let (blocks, codes) = (layout.blocks(), bits(layout.words()));
         let Some(book) = self.table() else {
+            // Zero stands in the middle of the codes; four of them are a word.
+            let middle = i32::from_le_bytes([1 << (self.format.bits() - 1); 4]);
             let scales = Scales::Affine {
                 scale: scale(blocks, 6.0 / f64::from((1u32 << self.format.bits()) - 1)),
-                zero: bits(blocks.div_ceil(4)),
+                zero: Tensor::full([blocks.div_ceil(4)], middle, (device, DType::I32)),
             };
             return Ok(Packed::new(layout, codes, scales));
         };
