@@ -137,7 +137,10 @@ impl Apollo {
             old => {
                 let started = Instant::now();
                 let basis = self.random_basis(refresh, device);
-                self.overlap = old.and_then(|(_, old)| overlap(&basis, &old));
+                // A restored state has no basis; the last one follows from the seed too.
+                let old = old.map(|(_, old)| old);
+                let old = old.or_else(|| Some(self.random_basis(refresh.checked_sub(1)?, device)));
+                self.overlap = old.and_then(|old| overlap(&basis, &old));
                 self.seconds += started.elapsed().as_secs_f64();
                 basis
             }
