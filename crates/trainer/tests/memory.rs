@@ -181,7 +181,10 @@ fn projected_layers_save_t_times_r() {
 fn quantised_weights_exist_one_at_a_time() {
     let _alone = ALONE.lock();
     const TABLE: &str = "q_galore = { rank = 24, update_proj_gap = 2 }";
-    drop(optimizer_of(TABLE, &mut model())); // whatever is allocated once
+    let mut first = model();
+    let mut once = optimizer_of(TABLE, &mut first);
+    weight_sized(&mut first, &mut once, 0); // whatever is allocated once; the tape lets go of what another test left on it
+    drop((first, once));
     let before = (LIVE.load(Ordering::Relaxed), WEIGHTS_LIVE.load(Ordering::Relaxed));
     let mut decoder = model();
     let dense = LIVE.load(Ordering::Relaxed) - before.0;
@@ -191,14 +194,15 @@ fn quantised_weights_exist_one_at_a_time() {
     assert_eq!(WEIGHTS_LIVE.load(Ordering::Relaxed) - before.1, 0);
     let values = 2 * (4 * HIDDEN * HIDDEN + 3 * HIDDEN * INNER);
     let saved = 4 * values - (values + 5 * values / 256);
-    // Modules and the optimiser's own objects are a few hundred bytes a layer.
+    // The optimiser's own object for a matrix has places for 30 tensors: 7 kB.
     let off = (dense - packed) - saved as isize;
-    assert!(off.abs() < 32 << 10, "{off} bytes more are saved than {saved}");
+    assert!(off.abs() < 14 * (8 << 10), "{off} bytes more are saved than {saved}");
     for step in 0..4 {
         MOST_WEIGHTS.store(0, Ordering::Relaxed);
         weight_sized(&mut decoder, &mut optimizer, step);
         let most = MOST_WEIGHTS.load(Ordering::Relaxed) - before.1;
-        assert!((1..=2).contains(&most), "{most} buffers of a weight's size in step {step}");
+        // On the device, on the host, and perhaps one between the two.
+        assert!((1..=3).contains(&most), "{most} buffers of a weight's size in step {step}");
         assert_eq!(WEIGHTS_LIVE.load(Ordering::Relaxed) - before.1, 0, "after step {step}");
     }
 }
