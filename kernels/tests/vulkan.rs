@@ -17,7 +17,7 @@ use lowrank_kernels::{Activation, AdamW, AttentionHints, AttentionRoute, KnownKe
 /// Relative bound in f32: sums run in another order than on the CPU.
 const TOLERANCE: f64 = 1e-5;
 
-/// The same in f16.
+/// The same in f16: six times what software Vulkan was seen to be off.
 const HALF_TOLERANCE: f64 = 3e-3;
 
 /// Factors of ten bits (TF32) in the products of CUDA: half an ulp is 5e-4.
@@ -244,7 +244,8 @@ impl Attention {
         let (out, lse) = kernels::attention_with(view(&q), view(&k), view(&v), ranges, 0.125, self.softcap, hints);
         let out = out.cast(FloatDType::F32);
         let mut all = collect(out, vec![gradient_of(&q), gradient_of(&k), gradient_of(&v)], device);
-        all.push(lse.into_data().try_to_vec::<f32>().unwrap());
+        // A row that sees nothing has -1e30, beside which no error of another would count.
+        all.push(lse.clamp_min(-10.0).into_data().try_to_vec::<f32>().unwrap());
         all
     }
 }
