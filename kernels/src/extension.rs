@@ -11,8 +11,8 @@ use burn::tensor::FloatDType;
 use crate::gated::Activation;
 use crate::packed::{Operand, PackedParts};
 use crate::{
-    adamw, attention, cross_entropy, gated, gemm, linear, lowrank_linear, packed, projected_linear, reduce, rms_norm,
-    rotary, stochastic_round,
+    adam8, adamw, attention, cross_entropy, gated, gemm, linear, lowrank_linear, packed, projected_linear, reduce,
+    rms_norm, rotary, stochastic_round,
 };
 
 /// An optional float tensor in the signature of an operation.
@@ -36,6 +36,25 @@ impl<B: Backend> Maybe<B> {
             Self::Given(tensor) => Some(tensor),
             Self::Absent => None,
         }
+    }
+}
+
+/// What Burn's fusion must know of a result before it exists.
+#[cfg(feature = "gpu")]
+mod spec {
+    use burn::backend::fusion::custom::TensorSpec;
+    use burn::tensor::{DType, FloatDType, Shape};
+
+    pub fn losses_and_gradient(logits: &TensorSpec) -> (TensorSpec, TensorSpec) {
+        (TensorSpec::new(Shape::new([logits.shape[0]]), DType::F32), logits.clone())
+    }
+
+    pub fn of_type(x: &TensorSpec, dtype: FloatDType) -> TensorSpec {
+        TensorSpec::new(x.shape.clone(), dtype.into())
+    }
+
+    pub fn number() -> TensorSpec {
+        TensorSpec::new(Shape::new([1]), DType::F32)
     }
 }
 
@@ -169,7 +188,7 @@ pub trait LowRankOps: Backend {
     }
 
     /// See [`crate::rotary`]; `sign` is 1 for the rotation and -1 for its inverse (the backward).
-    #[fusion(default)]
+    #[fusion(dtype = x, shape = x)]
     fn rotary(x: FloatTensor<Self>, cos: FloatTensor<Self>, sin: FloatTensor<Self>, sign: f32) -> FloatTensor<Self> {
         rotary::reference::<Self>(x, cos, sin, sign)
     }
@@ -221,7 +240,7 @@ pub trait LowRankOps: Backend {
     }
 
     /// See [`crate::cross_entropy`]; also returns the gradient of the summed loss by the logits.
-    #[fusion(default)]
+    #[fusion(meta = |logits, _targets, _softcap| spec::losses_and_gradient(logits))]
     fn cross_entropy(
         logits: FloatTensor<Self>,
         targets: IntTensor<Self>,
@@ -237,7 +256,7 @@ pub trait LowRankOps: Backend {
     }
 
     /// See [`crate::adamw`]; returns `(parameter, first, second)`.
-    #[fusion(default)]
+    #[fusion(meta = |parameter, first, second, _gradient, _rule| (parameter.clone(), first.clone(), second.clone()))]
     fn adamw(
         parameter: FloatTensor<Self>,
         first: FloatTensor<Self>,
@@ -248,14 +267,30 @@ pub trait LowRankOps: Backend {
         adamw::reference::<Self>(parameter, first, second, gradient, rule)
     }
 
+    /// See [`crate::adam8()`]; returns parameter, codes and scales.
+    #[fusion(meta = |parameter, _gradient, codes, absmax, _maps, _block, _rule| {
+        (parameter.clone(), codes.clone(), absmax.clone())
+    })]
+    fn adam8(
+        parameter: FloatTensor<Self>,
+        gradient: FloatTensor<Self>,
+        codes: IntTensor<Self>,
+        absmax: FloatTensor<Self>,
+        maps: FloatTensor<Self>,
+        block: usize,
+        rule: adam8::Adam8,
+    ) -> (FloatTensor<Self>, IntTensor<Self>, FloatTensor<Self>) {
+        adam8::reference::<Self>(parameter, gradient, codes, absmax, maps, block, rule)
+    }
+
     /// See [`crate::stochastic_round`].
-    #[fusion(default)]
+    #[fusion(meta = |x, dtype, _seed| spec::of_type(x, *dtype))]
     fn stochastic_round(x: FloatTensor<Self>, dtype: FloatDType, seed: u64) -> FloatTensor<Self> {
         stochastic_round::reference::<Self>(x, dtype, seed)
     }
 
     /// See [`crate::sum_squares`].
-    #[fusion(default)]
+    #[fusion(meta = |_x| spec::number())]
     fn sum_squares(x: FloatTensor<Self>) -> FloatTensor<Self> {
         reduce::reference::<Self>(x)
     }
@@ -317,6 +352,17 @@ mod flex {
         }
         fn adamw(parameter: T, first: T, second: T, gradient: T, rule: adamw::AdamW) -> (T, T, T) {
             adamw::cpu(parameter, first, second, gradient, rule)
+        }
+        fn adam8(
+            parameter: T,
+            gradient: T,
+            codes: IntTensor<Self>,
+            absmax: T,
+            _maps: T,
+            block: usize,
+            rule: adam8::Adam8,
+        ) -> (T, IntTensor<Self>, T) {
+            adam8::cpu(parameter, gradient, codes, absmax, block, rule)
         }
         fn stochastic_round(x: T, dtype: FloatDType, seed: u64) -> T {
             stochastic_round::cpu(x, dtype, seed)
@@ -423,6 +469,34 @@ mod autodiff {
             softcap: f32,
         ) -> (FloatTensor<Self>, FloatTensor<Self>) {
             cross_entropy::autodiff::<B, C>(logits, targets, softcap)
+        }
+        // No gradient flows through a step of an optimiser.
+        fn adamw(
+            parameter: FloatTensor<Self>,
+            first: FloatTensor<Self>,
+            second: FloatTensor<Self>,
+            gradient: FloatTensor<Self>,
+            rule: adamw::AdamW,
+        ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
+            let [p, m, v, g] = [parameter, first, second, gradient].map(|tensor| tensor.into_primitive());
+            let (p, m, v) = B::adamw(p, m, v, g, rule);
+            (Self::from_inner(p), Self::from_inner(m), Self::from_inner(v))
+        }
+        fn adam8(
+            parameter: FloatTensor<Self>,
+            gradient: FloatTensor<Self>,
+            codes: IntTensor<Self>,
+            absmax: FloatTensor<Self>,
+            maps: FloatTensor<Self>,
+            block: usize,
+            rule: adam8::Adam8,
+        ) -> (FloatTensor<Self>, IntTensor<Self>, FloatTensor<Self>) {
+            let [p, g, absmax, maps] = [parameter, gradient, absmax, maps].map(|tensor| tensor.into_primitive());
+            let (p, codes, absmax) = B::adam8(p, g, codes, absmax, maps, block, rule);
+            (Self::from_inner(p), codes, Self::from_inner(absmax))
+        }
+        fn stochastic_round(x: FloatTensor<Self>, dtype: FloatDType, seed: u64) -> FloatTensor<Self> {
+            Self::from_inner(B::stochastic_round(x.into_primitive(), dtype, seed))
         }
         fn seed_gradient(out: FloatTensor<Self>, gradient: FloatTensor<Self>) -> FloatTensor<Self> {
             linear::seed_autodiff::<B, C>(out, gradient)
