@@ -3,12 +3,13 @@
 //! Per element, in f32: `m = b1 m + (1 - b1) g`; `v = b2 v + (1 - b2) g^2`;
 //! `p = (1 - lr wd) p - lr sqrt(c2) / c1 * m / (sqrt(v) + sqrt(c2) eps)` with `c1 = 1 - b1^t`, `c2 = 1 - b2^t` (torch's
 //! form). The parameter sees the new moments before they are rounded to codes ([`crate::map8`], one scale per block of
-//! consecutive values). Two rules keep the codes harmless: a negative m never gets the code of 0, so its sign is kept; where v
-//! is not finite, both moments become 0 and the parameter stays.
+//! consecutive values). Two rules keep the codes harmless: a negative m never gets the code of 0, so its sign is kept;
+//! where v is not finite, both moments become 0 and the parameter stays.
 //!
-//! State: `2 + 8 / block` bytes a value. Memory bound: reads 10 and writes 6 bytes a value with an f32 parameter and gradient.
-//! A GPU may contract products and sums and divide with an error of some units in the last place, so its quotients differ from
-//! the CPU's in the last bits: a code differs by one where a quotient is that near to a boundary.
+//! State: `2 + 8 / block` bytes a value. Memory bound: reads 10 and writes 6 bytes a value with an f32 parameter and
+//! gradient. A GPU may contract products and sums and divide with an error of some units in the last place, so its
+//! quotients differ from the CPU's in the last bits: a code differs by one where a quotient is that near to a
+//! boundary.
 
 use burn::backend::{Backend, TensorMetadata, tensor::FloatTensor, tensor::IntTensor};
 use burn::tensor::{DType, Device, Int, Shape, Slice, Tensor, TensorData};
@@ -227,8 +228,8 @@ pub fn encode(values: &mut [f32], map: &Map, absmax: f32, codes: &mut [u8]) {
     }
 }
 
-/// The tensors of one step: parameter and gradient of any shape, codes `[2, words]`, scales `[2, blocks]`, maps `[4, 256]`.
-/// Returns parameter, codes and scales.
+/// The tensors of one step: parameter and gradient of any shape, codes `[2, words]`, scales `[2, blocks]`, maps `[4,
+/// 256]`. Returns parameter, codes and scales.
 pub(crate) fn reference<B: Backend>(
     parameter: FloatTensor<B>,
     gradient: FloatTensor<B>,

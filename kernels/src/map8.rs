@@ -1,12 +1,12 @@
-//! The dynamic 8-bit maps (arXiv 2110.02861, section 2), as bitsandbytes defines them: 256 sorted values, and for any number the
-//! code of the nearest of them.
+//! The dynamic 8-bit maps (arXiv 2110.02861, section 2), as bitsandbytes defines them: 256 sorted values, and for any
+//! number the code of the nearest of them.
 //!
-//! The signed map splits `[0.1, 1]` into `2^i` equal intervals for i = 0..6 and takes their middles times `10^(i - 6)` with
-//! both signs, the unsigned one takes `2^(i + 1)` intervals and the positive sign only; both get 0 and 1. So seven decades are
-//! covered, and values near the largest are the most exact.
+//! The signed map splits `[0.1, 1]` into `2^i` equal intervals for i = 0..6 and takes their middles times `10^(i - 6)`
+//! with both signs, the unsigned one takes `2^(i + 1)` intervals and the positive sign only; both get 0 and 1. So
+//! seven decades are covered, and values near the largest are the most exact.
 //!
-//! A number exactly between two map values goes to the lower one. bitsandbytes on a GPU decides the same way; its CPU path
-//! first rounds to a grid of 2 / 65535, so codes of numbers within 1.6e-5 of a middle may differ from these.
+//! A number exactly between two map values goes to the lower one. bitsandbytes on a GPU decides the same way; its CPU
+//! path first rounds to a grid of 2 / 65535, so codes of numbers within 1.6e-5 of a middle may differ from these.
 
 use std::sync::LazyLock;
 
@@ -72,7 +72,8 @@ impl Map {
         low + u8::from(x > self.bounds[usize::from(low)])
     }
 
-    /// For each code the largest number that it is the nearest value of: the code of a number is how many of these are below it.
+    /// For each code the largest number that it is the nearest value of: the code of a number is how many of these are
+    /// below it.
     pub fn bounds(&self) -> &[f32; 256] {
         &self.bounds
     }

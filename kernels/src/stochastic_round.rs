@@ -1,4 +1,5 @@
-//! Rounds f32 values to bf16 or f16 so that the mean is kept: up or down with the probability of each neighbour's distance.
+//! Rounds f32 values to bf16 or f16 so that the mean is kept: up or down with the probability of each neighbour's
+//! distance.
 //!
 //! An update below half a unit in the last place of a 16-bit weight is lost for ever under rounding to nearest; under
 //! stochastic rounding it arrives on average. The draw of element i depends on the seed and i alone,
@@ -15,8 +16,9 @@ pub(crate) fn reference<B: Backend>(x: FloatTensor<B>, dtype: FloatDType, seed: 
     let (shape, device) = (x.shape(), x.device());
     B::seed(&device, seed);
     let uniform = Plain::<B>(B::float_random(shape, Distribution::Default, &device, FloatDType::F32));
-    // The nearest value c, and the neighbour on the side of x: a step of c 2^-bits, with bits the length of the mantissa with
-    // its leading one, is between half a unit and a unit, so a little more than it always rounds to the next value.
+    // The nearest value c, and the neighbour on the side of x: a step of c 2^-bits, with bits the length of the
+    // mantissa with its leading one, is between half a unit and a unit, so a little more than it always rounds to the
+    // next value.
     let bits = if dtype == FloatDType::F16 { 11 } else { 8 };
     let x = Plain::<B>(x);
     let nearest = x.clone().cast(dtype).f32();

@@ -1,7 +1,7 @@
 //! Every operation on a Vulkan device (software is enough) against the CPU: result and gradients, tiny shapes.
 //!
-//! One test, because compiling a pipeline costs seconds on a software device and the cache lives in the process. Without a
-//! Vulkan driver the test says so and stops.
+//! One test, because compiling a pipeline costs seconds on a software device and the cache lives in the process.
+//! Without a Vulkan driver the test says so and stops.
 
 #![cfg(all(feature = "flex", feature = "wgpu"))]
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::print_stderr)]
@@ -215,7 +215,8 @@ fn gated_f16(device: &Device) -> Vec<Vec<f32>> {
     collect(out, vec![gradient_of(&gate), gradient_of(&up)], device)
 }
 
-/// Single values and vectors, rows longer than a cube, large logits, ignored rows; logits that are held and that are not.
+/// Single values and vectors, rows longer than a cube, large logits, ignored rows; logits that are held and that are
+/// not.
 fn cross_entropy(device: &Device) -> Vec<Vec<f32>> {
     let run = |dims: [usize; 2], targets: Vec<i32>, factor: f32, softcap| {
         let logits = leaf(1, dims, device);

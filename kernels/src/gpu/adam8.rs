@@ -1,10 +1,11 @@
-//! The AdamW step on 8-bit moments, on a GPU; equations and formats in `crate::adam8`. One cube per block of values, four values
-//! (a word of codes) a unit; in place where the tensors are not shared.
+//! The AdamW step on 8-bit moments, on a GPU; equations and formats in `crate::adam8`. One cube per block of values,
+//! four values (a word of codes) a unit; in place where the tensors are not shared.
 //!
-//! Memory bound in DRAM: with f32 parameter and gradient 16 bytes a value (12 for the two, 4 for codes in and out), with a GaLore
-//! matrix of 1024 x 4096 on 4.8 TB/s: 67 MB, floor 14 us. But the codes come by a search in shared memory: 8 reads a code, 18 a value with
-//! decoding; at 32 a clock and multiprocessor and four-fold conflicts that is 42 us. Not measured yet. A cube goes on to
-//! further blocks, so that the 4 KiB of maps are read once a cube, not once a block.
+//! Memory bound in DRAM: with f32 parameter and gradient 16 bytes a value (12 for the two, 4 for codes in and out),
+//! with a GaLore matrix of 1024 x 4096 on 4.8 TB/s: 67 MB, floor 14 us. But the codes come by a search in shared
+//! memory: 8 reads a code, 18 a value with decoding; at 32 a clock and multiprocessor and four-fold conflicts that is
+//! 42 us. Not measured yet. A cube goes on to further blocks, so that the 4 KiB of maps are read once a cube, not once
+//! a block.
 
 use burn::tensor::DType;
 use burn_cubecl::tensor::CubeTensor;
@@ -165,8 +166,8 @@ pub(crate) fn step(
     let Factors { decay, step_size, eps, kept: [b1, b2], added: [c1, c2] } = rule.factors();
     let [parameter, codes, absmax] =
         [(parameter, 0), (codes, 1), (absmax, 2)].map(|(tensor, position)| InPlace::new(tensor, position));
-    // SAFETY: values are checked against the length of the parameter, words and blocks against those of codes and scales; the
-    // shapes above belong together, and a code is below 256.
+    // SAFETY: values are checked against the length of the parameter, words and blocks against those of codes and
+    // scales; the shapes above belong together, and a code is below 256.
     unsafe {
         adam8_kernel::launch_unchecked(
             &client,

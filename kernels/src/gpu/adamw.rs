@@ -1,8 +1,9 @@
 //! One AdamW step on a GPU; equations in `crate::adamw`. Elementwise, in place where the tensors are not shared.
 //!
-//! Memory bound. The moments are f32, parameter and gradient of any float type of `e` and `g` bytes: `16 + 2 e + g` bytes a value.
-//! In f32 28 bytes; 4096 x 14336 on 4.8 TB/s: 1.6 GB, floor 343 us; a LoRA factor of 4096 x 16: floor 0.4 us, so that
-//! its launch decides. 13 flops a value do not count. A 16-bit parameter is rounded to nearest. Not measured yet.
+//! Memory bound. The moments are f32, parameter and gradient of any float type of `e` and `g` bytes: `16 + 2 e + g`
+//! bytes a value. In f32 28 bytes; 4096 x 14336 on 4.8 TB/s: 1.6 GB, floor 343 us; a LoRA factor of 4096 x 16: floor
+//! 0.4 us, so that its launch decides. 13 flops a value do not count. A 16-bit parameter is rounded to nearest. Not
+//! measured yet.
 
 use burn::tensor::DType;
 use burn_cubecl::tensor::CubeTensor;

@@ -1,13 +1,15 @@
-//! Cross-entropy of a chunk of logits with its gradient, on a GPU; equations in `crate::cross_entropy`. One cube per row.
+//! Cross-entropy of a chunk of logits with its gradient, on a GPU; equations in `crate::cross_entropy`. One cube per
+//! row.
 //!
-//! A row is read twice: largest value and sum of exponentials in one sweep (each unit rescales its sum when its maximum grows),
-//! then the gradient, which takes the place of the logits where nothing else holds them. Rows to ignore are not read.
+//! A row is read twice: largest value and sum of exponentials in one sweep (each unit rescales its sum when its
+//! maximum grows), then the gradient, which takes the place of the logits where nothing else holds them. Rows to
+//! ignore are not read.
 //!
-//! Memory bound. Bytes in a type of `e` bytes: `2 e n v`; the second read comes from the second-level cache where the rows in
-//! work fit into it, else `3 e n v`. So a cube is as large as can be: 1024 units leave two rows on a multiprocessor, 69 MB
-//! in all on an H200 (50 MB of cache) for a row of 128256 in bf16. 2048 x 128256 bf16 on 4.8 TB/s: 1.05 GB, floor 219 us (328 us without
-//! the cache). About 10 flops and two exponentials a value: 3e12 of these per second are possible, 175 us. Not measured yet.
-//! A vocabulary that is odd (GPT-2's 50257) is read value by value.
+//! Memory bound. Bytes in a type of `e` bytes: `2 e n v`; the second read comes from the second-level cache where the
+//! rows in work fit into it, else `3 e n v`. So a cube is as large as can be: 1024 units leave two rows on a
+//! multiprocessor, 69 MB in all on an H200 (50 MB of cache) for a row of 128256 in bf16. 2048 x 128256 bf16 on 4.8
+//! TB/s: 1.05 GB, floor 219 us (328 us without the cache). About 10 flops and two exponentials a value: 3e12 of these
+//! per second are possible, 175 us. Not measured yet. A vocabulary that is odd (GPT-2's 50257) is read value by value.
 
 use burn::tensor::{DType, Shape};
 use burn_cubecl::tensor::CubeTensor;
@@ -102,8 +104,8 @@ fn cross_entropy_kernel<F: Float, I: Int, N: Size>(
     }
 }
 
-/// Losses in f32 and the gradient of their sum. A target beyond the vocabulary cannot be refused here: its row has a loss of
-/// about 3e38.
+/// Losses in f32 and the gradient of their sum. A target beyond the vocabulary cannot be refused here: its row has a
+/// loss of about 3e38.
 pub(crate) fn forward(logits: CubeTensor, targets: CubeTensor, softcap: f32) -> (CubeTensor, CubeTensor) {
     let (logits, targets) = (dense(logits), dense(targets));
     let (rows, vocab) = (logits.meta.shape()[0], logits.meta.shape()[1]);
@@ -113,7 +115,8 @@ pub(crate) fn forward(logits: CubeTensor, targets: CubeTensor, softcap: f32) -> 
     let (columns, kinds) = (vocab / width, (element(&logits), element(&targets)));
     let cube = RowCube::new(&client, columns, 1024);
     let InPlace { input, output, result } = InPlace::new(logits, 0);
-    // SAFETY: rows and columns are those of the logits, and the cap on both loops; a target is read where it is below them.
+    // SAFETY: rows and columns are those of the logits, and the cap on both loops; a target is read where it is below
+    // them.
     unsafe {
         cross_entropy_kernel::launch_unchecked(
             &client,

@@ -82,8 +82,8 @@ pub(crate) fn per_row(rows: usize) -> CubeCount {
     CubeCount::Static(rows.min(MOST_CUBES) as u32, 1, 1)
 }
 
-/// A dense tensor that a kernel may overwrite: what it reads, what it writes, and the result. It is one buffer where nothing
-/// else holds it.
+/// A dense tensor that a kernel may overwrite: what it reads, what it writes, and the result. It is one buffer where
+/// nothing else holds it.
 pub(crate) struct InPlace {
     pub input: BufferArg,
     pub output: BufferArg,

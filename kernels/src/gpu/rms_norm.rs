@@ -1,10 +1,11 @@
-//! RMS normalisation on a GPU; equations in `crate::rms_norm`. One cube per row, with units for one vector each up to 256: rows
-//! of 128 (norms of heads) get 32 units, so that as many rows are in work as a multiprocessor has places for cubes.
+//! RMS normalisation on a GPU; equations in `crate::rms_norm`. One cube per row, with units for one vector each up to
+//! 256: rows of 128 (norms of heads) get 32 units, so that as many rows are in work as a multiprocessor has places for
+//! cubes.
 //!
-//! Memory bound. Bytes in types of `e` bytes: forward `2 e t d`, backward `3 e t d` (+ a partial sum of dgamma per cube, see below).
-//! 4096 x 4096 bf16 on 4.8 TB/s: floor 14 us forward, 21 us backward. The row is read twice; the second time from cache.
-//! dgamma: a cube sums over its rows into its own row of a `[cubes, d]` f32 buffer, which Burn's sum then folds, so that the order of
-//! the sum never varies. Not measured yet.
+//! Memory bound. Bytes in types of `e` bytes: forward `2 e t d`, backward `3 e t d` (+ a partial sum of dgamma per
+//! cube, see below). 4096 x 4096 bf16 on 4.8 TB/s: floor 14 us forward, 21 us backward. The row is read twice; the
+//! second time from cache. dgamma: a cube sums over its rows into its own row of a `[cubes, d]` f32 buffer, which
+//! Burn's sum then folds, so that the order of the sum never varies. Not measured yet.
 
 use burn::tensor::{DType, Shape};
 use burn_cubecl::CubeBackend;
@@ -16,8 +17,8 @@ use super::launch::{
     sum_of, vector_size,
 };
 
-/// Cubes of the backward, each with a row of partial sums of dgamma: at most four rows of 256 units on a multiprocessor of the largest
-/// devices, and `512 d` values to fold.
+/// Cubes of the backward, each with a row of partial sums of dgamma: at most four rows of 256 units on a
+/// multiprocessor of the largest devices, and `512 d` values to fold.
 const BACKWARD_CUBES: usize = 512;
 /// Units of a cube.
 const MOST_UNITS: u32 = 256;
@@ -169,8 +170,8 @@ pub(crate) fn backward(
     let (client, kinds, gamma_dtype) = (x.client.clone(), (element(&x), element(&gamma)), gamma.dtype);
     let (vector, address) = (vector_size(&[&x, &gamma, &dy, &partial]), address_type(&[&x, &partial]));
     let cube = RowCube::new(&client, width / vector, MOST_UNITS);
-    // SAFETY: the loops end at the last row and at the length of gamma, which is that of a row; dy and dx have the shape of
-    // x, and each cube has a row of its own in the partial sums.
+    // SAFETY: the loops end at the last row and at the length of gamma, which is that of a row; dy and dx have the
+    // shape of x, and each cube has a row of its own in the partial sums.
     unsafe {
         rms_norm_backward_kernel::launch_unchecked(
             &client,

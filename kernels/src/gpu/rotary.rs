@@ -1,8 +1,9 @@
-//! Rotary embedding on a GPU; equations in `crate::rotary`. One unit per vector of pairs, in place where x is not shared.
+//! Rotary embedding on a GPU; equations in `crate::rotary`. One unit per vector of pairs, in place where x is not
+//! shared.
 //!
-//! Memory bound. Bytes in a type of `e` bytes: `2 e t h d + 4 t d` (x in, y out; the two tables once, then from cache).
-//! 4096 tokens, 32 heads of 128, bf16 on 4.8 TB/s: 67 MB, floor 14 us, in both directions. `3 t h d` = 50 MFLOP do not count.
-//! Not measured yet.
+//! Memory bound. Bytes in a type of `e` bytes: `2 e t h d + 4 t d` (x in, y out; the two tables once, then from
+//! cache). 4096 tokens, 32 heads of 128, bf16 on 4.8 TB/s: 67 MB, floor 14 us, in both directions. `3 t h d` = 50
+//! MFLOP do not count. Not measured yet.
 
 use burn::tensor::DType;
 use burn_cubecl::tensor::CubeTensor;

@@ -1,5 +1,5 @@
-//! Stochastic rounding on a GPU; rule and random bits are those of `crate::stochastic_round`, so that a seed gives the same
-//! bits as on the CPU. Only 32-bit integers: not every device has wider ones.
+//! Stochastic rounding on a GPU; rule and random bits are those of `crate::stochastic_round`, so that a seed gives the
+//! same bits as on the CPU. Only 32-bit integers: not every device has wider ones.
 //!
 //! Memory bound: reads 4 and writes 2 bytes a value. 4096 x 14336 on 4.8 TB/s: 352 MB, floor 73 us. About 30 integer
 //! operations a value, half of them multiplications: 30 us at 64 a clock and multiprocessor. Not measured yet.

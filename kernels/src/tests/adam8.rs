@@ -17,8 +17,8 @@ fn codes_of(tensor: &FlexTensor) -> Vec<i32> {
     tensor.storage::<i32>().to_vec()
 }
 
-/// Parameter, codes and scales of the CPU and of the reference have the same bits: both do the same operations in the same
-/// order. Odd lengths, blocks that straddle words, values that are not finite.
+/// Parameter, codes and scales of the CPU and of the reference have the same bits: both do the same operations in the
+/// same order. Odd lengths, blocks that straddle words, values that are not finite.
 #[test]
 fn three_steps_are_those_of_the_reference_to_the_bit() {
     let mut random = Random::new(31);
