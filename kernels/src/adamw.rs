@@ -2,7 +2,8 @@
 //!
 //! `p *= 1 - lr wd`; `m = b1 m + (1 - b1) g`; `v = b2 v + (1 - b2) g^2`;
 //! `p -= lr / (1 - b1^t) * m / (sqrt(v) / sqrt(1 - b2^t) + eps)`.
-//! All four tensors are f32 and equal in shape. Memory bound: reads 16 and writes 12 bytes a value.
+//! All four tensors are equal in shape and f32; the kernel for GPUs also takes a 16-bit parameter or gradient.
+//! Memory bound: reads 16 and writes 12 bytes a value.
 
 use burn::backend::{Backend, tensor::FloatTensor};
 
@@ -25,16 +26,35 @@ pub struct AdamW {
     pub gradient_scale: f64,
 }
 
+/// What the loops over values need.
+pub(crate) struct Factors {
+    /// `1 - lr wd`
+    pub decay: f32,
+    /// `lr / (1 - b1^t)`
+    pub step_size: f32,
+    /// Turns `sqrt(v)` into its corrected root.
+    pub root: f32,
+    pub eps: f32,
+    pub clip: f32,
+    /// b1 and b2.
+    pub kept: [f32; 2],
+    /// `1 - b1` and `1 - b2`.
+    pub added: [f32; 2],
+}
+
 impl AdamW {
-    /// `1 - lr wd`, step size, and the factor that turns `sqrt(v)` into its corrected root.
-    fn factors(&self) -> (f32, f32, f32) {
+    pub(crate) fn factors(&self) -> Factors {
         let first = 1.0 - self.betas.0.powi(self.step as i32);
         let second = 1.0 - self.betas.1.powi(self.step as i32);
-        (
-            (1.0 - self.learning_rate * self.weight_decay) as f32,
-            (self.learning_rate / first) as f32,
-            (1.0 / second.sqrt()) as f32,
-        )
+        Factors {
+            decay: (1.0 - self.learning_rate * self.weight_decay) as f32,
+            step_size: (self.learning_rate / first) as f32,
+            root: (1.0 / second.sqrt()) as f32,
+            eps: self.eps as f32,
+            clip: self.gradient_scale as f32,
+            kept: [self.betas.0 as f32, self.betas.1 as f32],
+            added: [(1.0 - self.betas.0) as f32, (1.0 - self.betas.1) as f32],
+        }
     }
 }
 
@@ -46,12 +66,11 @@ pub(crate) fn reference<B: Backend>(
     gradient: FloatTensor<B>,
     rule: AdamW,
 ) -> (FloatTensor<B>, FloatTensor<B>, FloatTensor<B>) {
-    let (decay, step_size, root) = rule.factors();
-    let g = Plain::<B>(gradient) * rule.gradient_scale as f32;
-    let (b1, b2) = (rule.betas.0 as f32, rule.betas.1 as f32);
-    let m = Plain::<B>(first) * b1 + g.clone() * (1.0 - rule.betas.0) as f32;
-    let v = Plain::<B>(second) * b2 + g.clone() * g * (1.0 - rule.betas.1) as f32;
-    let denominator = v.clone().sqrt() * root + rule.eps as f32;
+    let Factors { decay, step_size, root, eps, clip, kept: [b1, b2], added: [c1, c2] } = rule.factors();
+    let g = Plain::<B>(gradient) * clip;
+    let m = Plain::<B>(first) * b1 + g.clone() * c1;
+    let v = Plain::<B>(second) * b2 + g.clone() * g * c2;
+    let denominator = v.clone().sqrt() * root + eps;
     let update = Plain::<B>(B::float_div(m.clone().0, denominator.0)) * step_size;
     ((Plain::<B>(parameter) * decay - update).0, m.0, v.0)
 }
@@ -66,9 +85,7 @@ pub(crate) fn cpu(
 ) -> (burn_flex::FlexTensor, burn_flex::FlexTensor, burn_flex::FlexTensor) {
     use crate::cpu::{Rows, assert_shape, dense, for_chunks, values, with_output};
 
-    let (decay, step_size, root) = rule.factors();
-    let (b1, b2, eps) = (rule.betas.0 as f32, rule.betas.1 as f32, rule.eps as f32);
-    let (c1, c2, clip) = ((1.0 - rule.betas.0) as f32, (1.0 - rule.betas.1) as f32, rule.gradient_scale as f32);
+    let Factors { decay, step_size, root, eps, clip, kept: [b1, b2], added: [c1, c2] } = rule.factors();
     let dims = gradient.layout().shape().to_vec();
     for (what, tensor) in [("the parameter", &parameter), ("the first moment", &first), ("the second moment", &second)]
     {

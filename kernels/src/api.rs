@@ -3,6 +3,7 @@
 use burn::backend::Dispatch;
 use burn::tensor::{FloatDType, Gradients, Int, Tensor};
 
+use crate::adam8::{Adam8, Moments8};
 pub use crate::adamw::AdamW;
 pub use crate::attention::{AttentionHints, AttentionRoute, KnownKeys};
 pub use crate::gated::Activation;
@@ -329,6 +330,29 @@ pub fn adamw(
         rule,
     );
     (Tensor::from_dispatch(p), Tensor::from_dispatch(m), Tensor::from_dispatch(v))
+}
+
+/// One AdamW step with moments in 8 bits, in place where the tensors are not shared; returns parameter and moments.
+///
+/// # Shapes
+/// Parameter and gradient equal, with as many values as the moments; blocks run over them row by row.
+///
+/// # Panics
+/// Where the sizes differ.
+pub fn adam8(parameter: Tensor<2>, gradient: Tensor<2>, moments: Moments8, rule: Adam8) -> (Tensor<2>, Moments8) {
+    let kept = moments.parts();
+    let (codes, absmax, maps, block) = moments.into_parts();
+    let (parameter, codes, absmax) = Dispatch::adam8(
+        parameter.into_dispatch(),
+        gradient.into_dispatch(),
+        codes.into_dispatch(),
+        absmax.into_dispatch(),
+        maps.into_dispatch(),
+        block,
+        rule,
+    );
+    let moments = Moments8::of_parts(Tensor::from_dispatch(codes), Tensor::from_dispatch(absmax), kept);
+    (Tensor::from_dispatch(parameter), moments)
 }
 
 /// `x` in another float type, rounded up or down at random so that the mean is kept.

@@ -12,7 +12,7 @@ use crate::attention::AttentionHints;
 use crate::gated::Activation;
 use crate::packed::{Operand, PackedParts};
 use crate::{
-    adamw, attention, block_rotation, column_scale, cross_entropy, gated, gemm, linear, lowrank_linear, packed,
+    adam8, adamw, attention, block_rotation, column_scale, cross_entropy, gated, gemm, linear, lowrank_linear, packed,
     projected_linear, reduce, rms_norm, rotary, scaled_basis, stochastic_round,
 };
 
@@ -40,11 +40,28 @@ impl<B: Backend> Maybe<B> {
     }
 }
 
-/// One f32 number for each row of `x`.
+/// What Burn's fusion must know of a result before it exists.
 #[cfg(feature = "gpu")]
-fn row_spec(x: &burn_fusion::custom::TensorSpec) -> burn_fusion::custom::TensorSpec {
-    let rows = x.shape[..x.shape.num_dims() - 1].to_vec();
-    burn_fusion::custom::TensorSpec::new(rows.into(), burn::tensor::DType::F32)
+mod spec {
+    use burn::backend::fusion::custom::TensorSpec;
+    use burn::tensor::{DType, FloatDType, Shape};
+
+    pub fn losses_and_gradient(logits: &TensorSpec) -> (TensorSpec, TensorSpec) {
+        (TensorSpec::new(Shape::new([logits.shape[0]]), DType::F32), logits.clone())
+    }
+
+    pub fn of_type(x: &TensorSpec, dtype: FloatDType) -> TensorSpec {
+        TensorSpec::new(x.shape.clone(), dtype.into())
+    }
+
+    pub fn number() -> TensorSpec {
+        TensorSpec::new(Shape::new([1]), DType::F32)
+    }
+
+    /// One f32 number for each row of `x`.
+    pub fn rows(x: &TensorSpec) -> TensorSpec {
+        TensorSpec::new(x.shape[..x.shape.num_dims() - 1].to_vec().into(), DType::F32)
+    }
 }
 
 /// The backend trait behind the functions of this crate. Shapes and equations are documented there.
@@ -270,13 +287,13 @@ pub trait LowRankOps: Backend {
     }
 
     /// See [`crate::rotary`]; `sign` is 1 for the rotation and -1 for its inverse (the backward).
-    #[fusion(default)]
+    #[fusion(dtype = x, shape = x)]
     fn rotary(x: FloatTensor<Self>, cos: FloatTensor<Self>, sin: FloatTensor<Self>, sign: f32) -> FloatTensor<Self> {
         rotary::reference::<Self>(x, cos, sin, sign)
     }
 
     /// See [`crate::attention`]; also returns the log-sum-exp of each row, `[B, Sq, H]` f32.
-    #[fusion(meta = |q, _k, _v, _ranges, _scale, _softcap, _hints| (q.clone(), row_spec(q)))]
+    #[fusion(meta = |q, _k, _v, _ranges, _scale, _softcap, _hints| (q.clone(), spec::rows(q)))]
     fn range_attention(
         q: FloatTensor<Self>,
         k: FloatTensor<Self>,
@@ -324,7 +341,7 @@ pub trait LowRankOps: Backend {
     }
 
     /// See [`crate::cross_entropy`]; also returns the gradient of the summed loss by the logits.
-    #[fusion(default)]
+    #[fusion(meta = |logits, _targets, _softcap| spec::losses_and_gradient(logits))]
     fn cross_entropy(
         logits: FloatTensor<Self>,
         targets: IntTensor<Self>,
@@ -340,7 +357,7 @@ pub trait LowRankOps: Backend {
     }
 
     /// See [`crate::adamw`]; returns `(parameter, first, second)`.
-    #[fusion(default)]
+    #[fusion(meta = |parameter, first, second, _gradient, _rule| (parameter.clone(), first.clone(), second.clone()))]
     fn adamw(
         parameter: FloatTensor<Self>,
         first: FloatTensor<Self>,
@@ -351,14 +368,30 @@ pub trait LowRankOps: Backend {
         adamw::reference::<Self>(parameter, first, second, gradient, rule)
     }
 
+    /// See [`crate::adam8()`]; returns parameter, codes and scales.
+    #[fusion(meta = |parameter, _gradient, codes, absmax, _maps, _block, _rule| {
+        (parameter.clone(), codes.clone(), absmax.clone())
+    })]
+    fn adam8(
+        parameter: FloatTensor<Self>,
+        gradient: FloatTensor<Self>,
+        codes: IntTensor<Self>,
+        absmax: FloatTensor<Self>,
+        maps: FloatTensor<Self>,
+        block: usize,
+        rule: adam8::Adam8,
+    ) -> (FloatTensor<Self>, IntTensor<Self>, FloatTensor<Self>) {
+        adam8::reference::<Self>(parameter, gradient, codes, absmax, maps, block, rule)
+    }
+
     /// See [`crate::stochastic_round`].
-    #[fusion(default)]
+    #[fusion(meta = |x, dtype, _seed| spec::of_type(x, *dtype))]
     fn stochastic_round(x: FloatTensor<Self>, dtype: FloatDType, seed: u64) -> FloatTensor<Self> {
         stochastic_round::reference::<Self>(x, dtype, seed)
     }
 
     /// See [`crate::sum_squares`].
-    #[fusion(default)]
+    #[fusion(meta = |_x| spec::number())]
     fn sum_squares(x: FloatTensor<Self>) -> FloatTensor<Self> {
         reduce::reference::<Self>(x)
     }
@@ -447,6 +480,17 @@ mod flex {
         }
         fn adamw(parameter: T, first: T, second: T, gradient: T, rule: adamw::AdamW) -> (T, T, T) {
             adamw::cpu(parameter, first, second, gradient, rule)
+        }
+        fn adam8(
+            parameter: T,
+            gradient: T,
+            codes: IntTensor<Self>,
+            absmax: T,
+            _maps: T,
+            block: usize,
+            rule: adam8::Adam8,
+        ) -> (T, IntTensor<Self>, T) {
+            adam8::cpu(parameter, gradient, codes, absmax, block, rule)
         }
         fn stochastic_round(x: T, dtype: FloatDType, seed: u64) -> T {
             stochastic_round::cpu(x, dtype, seed)
@@ -607,6 +651,34 @@ mod autodiff {
             softcap: f32,
         ) -> (FloatTensor<Self>, FloatTensor<Self>) {
             cross_entropy::autodiff::<B, C>(logits, targets, softcap)
+        }
+        // No gradient flows through a step of an optimiser.
+        fn adamw(
+            parameter: FloatTensor<Self>,
+            first: FloatTensor<Self>,
+            second: FloatTensor<Self>,
+            gradient: FloatTensor<Self>,
+            rule: adamw::AdamW,
+        ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
+            let [p, m, v, g] = [parameter, first, second, gradient].map(|tensor| tensor.into_primitive());
+            let (p, m, v) = B::adamw(p, m, v, g, rule);
+            (Self::from_inner(p), Self::from_inner(m), Self::from_inner(v))
+        }
+        fn adam8(
+            parameter: FloatTensor<Self>,
+            gradient: FloatTensor<Self>,
+            codes: IntTensor<Self>,
+            absmax: FloatTensor<Self>,
+            maps: FloatTensor<Self>,
+            block: usize,
+            rule: adam8::Adam8,
+        ) -> (FloatTensor<Self>, IntTensor<Self>, FloatTensor<Self>) {
+            let [p, g, absmax, maps] = [parameter, gradient, absmax, maps].map(|tensor| tensor.into_primitive());
+            let (p, codes, absmax) = B::adam8(p, g, codes, absmax, maps, block, rule);
+            (Self::from_inner(p), codes, Self::from_inner(absmax))
+        }
+        fn stochastic_round(x: FloatTensor<Self>, dtype: FloatDType, seed: u64) -> FloatTensor<Self> {
+            Self::from_inner(B::stochastic_round(x.into_primitive(), dtype, seed))
         }
         fn seed_gradient(out: FloatTensor<Self>, gradient: FloatTensor<Self>) -> FloatTensor<Self> {
             linear::seed_autodiff::<B, C>(out, gradient)

@@ -18,12 +18,12 @@
 //! | [`gated`] | SwiGLU, GeGLU | memory | yes | one pass |
 //! | [`cross_entropy`] | loss and gradient of a chunk of logits | memory | yes | in place |
 //! | [`adamw`] | optimiser step | memory | yes | in place |
+//! | [`adam8()`] | optimiser step with moments in 8 bits | memory | yes | in place |
 //! | [`stochastic_round`] | f32 to 16 bits, mean kept | memory | yes | one pass |
 //! | [`sum_squares`] | for gradient norms | memory | yes | one pass |
 //!
-//! Every operation is a method of [`LowRankOps`] with a default body in plain tensor operations (the reference) and a hand-written
-//! backward that serves all backends. On GPUs [`rms_norm`], [`gated`] and [`attention`] have CubeCL kernels (`gpu/`), the other
-//! operations run as references, which Burn fuses.
+//! Every operation is a method of [`LowRankOps`] with a default body in plain tensor operations (the reference, which GPUs run
+//! where there is no kernel of ours) and a hand-written backward that serves all backends.
 
 #[cfg(feature = "flex")]
 mod cpu;
@@ -34,6 +34,7 @@ mod gpu;
 mod extension;
 mod plain;
 
+pub mod adam8;
 mod adamw;
 mod attention;
 mod block_rotation;
@@ -43,6 +44,7 @@ mod gated;
 mod gemm;
 mod linear;
 mod lowrank_linear;
+pub mod map8;
 pub mod merged_linear;
 pub mod packed;
 mod projected_linear;

@@ -1,10 +1,13 @@
 //! Which operations have a kernel of their own on GPU backends; the others run their reference.
 
 use burn::backend::tensor::{FloatTensor, IntTensor};
+use burn::tensor::FloatDType;
 use burn_cubecl::CubeBackend;
 
-use super::{attention, gated, rms_norm};
+use super::{adam8, adamw, attention, cross_entropy, gated, reduce, rms_norm, rotary, stochastic_round};
 use crate::LowRankOps;
+use crate::adam8::Adam8;
+use crate::adamw::AdamW;
 use crate::attention::AttentionHints;
 use crate::gated::Activation;
 
@@ -47,5 +50,38 @@ impl LowRankOps for CubeBackend {
         hints: AttentionHints,
     ) -> (T, T, T) {
         attention::backward([q, k, v, ranges], [out, lse, d_out], scale, softcap, hints)
+    }
+    fn rotary(x: T, cos: T, sin: T, sign: f32) -> T {
+        rotary::rotate(x, cos, sin, sign)
+    }
+    fn cross_entropy(logits: T, targets: IntTensor<Self>, softcap: f32) -> (T, T) {
+        cross_entropy::forward(logits, targets, softcap)
+    }
+    fn adamw(parameter: T, first: T, second: T, gradient: T, rule: AdamW) -> (T, T, T) {
+        adamw::step(parameter, first, second, gradient, rule)
+    }
+    fn adam8(
+        parameter: T,
+        gradient: T,
+        codes: IntTensor<Self>,
+        absmax: T,
+        maps: T,
+        block: usize,
+        rule: Adam8,
+    ) -> (T, IntTensor<Self>, T) {
+        if adam8::takes(block) {
+            adam8::step(parameter, gradient, codes, absmax, maps, block, rule)
+        } else {
+            crate::adam8::reference::<Self>(parameter, gradient, codes, absmax, maps, block, rule)
+        }
+    }
+    fn stochastic_round(x: T, dtype: FloatDType, seed: u64) -> T {
+        match dtype {
+            FloatDType::BF16 | FloatDType::F16 => stochastic_round::round(x, dtype, seed),
+            _ => crate::stochastic_round::reference::<Self>(x, dtype, seed),
+        }
+    }
+    fn sum_squares(x: T) -> T {
+        reduce::sum_squares(x)
     }
 }

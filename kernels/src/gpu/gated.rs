@@ -1,13 +1,13 @@
 //! Gated activation on a GPU; equations in `crate::gated`.
 //!
-//! Memory bound. Bytes in the tensors' own type of `e` bytes: forward `3 e t d` (gate, up in; y out), backward `5 e t d` (gate, up,
-//! dy in; dgate, dup out). 4096 x 14336 bf16 on 4.8 TB/s: floor 73 us forward, 122 us backward. Not measured yet.
+//! Memory bound. Bytes in the tensors' own type of `e` bytes: forward `3 e t d` (gate, up in; y out), backward `5 e t
+//! d` (gate, up, dy in; dgate, dup out). 4096 x 14336 bf16 on 4.8 TB/s: floor 73 us forward, 122 us backward. Not
+//! measured yet.
 
 use burn_cubecl::tensor::CubeTensor;
-use cubecl::calculate_cube_count_elemwise;
 use cubecl::prelude::*;
 
-use super::launch::{dense, element, empty_like, vector_size};
+use super::launch::{address_type, assert_dtype, assert_shape, dense, element, empty_like, flat_vector_size, per_item};
 use crate::gated::Activation;
 
 /// Value and slope of the activation.
@@ -38,7 +38,7 @@ fn activation<N: Size>(x: Vector<f32, N>, #[comptime] act: Activation) -> (Vecto
     }
 }
 
-#[cube(launch)]
+#[cube(launch_unchecked, address_type = "dynamic")]
 pub(super) fn gated_kernel<F: Float, N: Size>(
     gate: &[Vector<F, N>],
     up: &[Vector<F, N>],
@@ -53,7 +53,7 @@ pub(super) fn gated_kernel<F: Float, N: Size>(
     }
 }
 
-#[cube(launch)]
+#[cube(launch_unchecked, address_type = "dynamic")]
 pub(super) fn gated_backward_kernel<F: Float, N: Size>(
     gate: &[Vector<F, N>],
     up: &[Vector<F, N>],
@@ -72,51 +72,64 @@ pub(super) fn gated_backward_kernel<F: Float, N: Size>(
     }
 }
 
+/// Stops where a tensor is not like the gate.
+fn alike(gate: &CubeTensor, others: &[(&str, &CubeTensor)]) {
+    for (what, tensor) in others {
+        assert_shape(what, tensor, gate.meta.shape());
+        assert_dtype(what, tensor, gate.dtype);
+    }
+}
+
 pub(crate) fn forward(gate: CubeTensor, up: CubeTensor, act: Activation) -> CubeTensor {
     let (gate, up) = (dense(gate), dense(up));
-    assert_eq!(gate.meta.shape(), up.meta.shape(), "gate and up have one shape");
+    alike(&gate, &[("up", &up)]);
     let y = empty_like(&gate);
-    let (client, width) = (gate.client.clone(), vector_size(&[&gate, &up, &y]));
-    let units = gate.meta.num_elements() / width;
-    let dim = CubeDim::new(&client, units);
-    let count = calculate_cube_count_elemwise(&client, units, dim);
+    let (client, all) = (gate.client.clone(), [&gate, &up, &y]);
+    let (width, address) = (flat_vector_size(&all), address_type(&all));
+    let (count, dim) = per_item(&client, gate.meta.num_elements() / width);
     let kind = element(&gate);
-    gated_kernel::launch(
-        &client,
-        count,
-        dim,
-        width,
-        gate.into_buffer_arg(),
-        up.into_buffer_arg(),
-        y.clone().into_buffer_arg(),
-        act,
-        kind,
-    );
+    // SAFETY: a unit checks that its vector exists in y, and the other tensors have its shape.
+    unsafe {
+        gated_kernel::launch_unchecked(
+            &client,
+            count,
+            dim,
+            address,
+            width,
+            gate.into_buffer_arg(),
+            up.into_buffer_arg(),
+            y.clone().into_buffer_arg(),
+            act,
+            kind,
+        );
+    }
     y
 }
 
 pub(crate) fn backward(gate: CubeTensor, up: CubeTensor, dy: CubeTensor, act: Activation) -> (CubeTensor, CubeTensor) {
     let (gate, up, dy) = (dense(gate), dense(up), dense(dy));
-    assert_eq!(gate.meta.shape(), up.meta.shape(), "gate and up have one shape");
-    assert_eq!(gate.meta.shape(), dy.meta.shape(), "gate and dy have one shape");
+    alike(&gate, &[("up", &up), ("dy", &dy)]);
     let (d_gate, d_up) = (empty_like(&gate), empty_like(&up));
-    let (client, width) = (gate.client.clone(), vector_size(&[&gate, &up, &dy]));
-    let units = gate.meta.num_elements() / width;
-    let dim = CubeDim::new(&client, units);
-    let count = calculate_cube_count_elemwise(&client, units, dim);
+    let (client, all) = (gate.client.clone(), [&gate, &up, &dy]);
+    let (width, address) = (flat_vector_size(&all), address_type(&all));
+    let (count, dim) = per_item(&client, gate.meta.num_elements() / width);
     let kind = element(&gate);
-    gated_backward_kernel::launch(
-        &client,
-        count,
-        dim,
-        width,
-        gate.into_buffer_arg(),
-        up.into_buffer_arg(),
-        dy.into_buffer_arg(),
-        d_gate.clone().into_buffer_arg(),
-        d_up.clone().into_buffer_arg(),
-        act,
-        kind,
-    );
+    // SAFETY: a unit checks that its vector exists in dy, and the other tensors have its shape.
+    unsafe {
+        gated_backward_kernel::launch_unchecked(
+            &client,
+            count,
+            dim,
+            address,
+            width,
+            gate.into_buffer_arg(),
+            up.into_buffer_arg(),
+            dy.into_buffer_arg(),
+            d_gate.clone().into_buffer_arg(),
+            d_up.clone().into_buffer_arg(),
+            act,
+            kind,
+        );
+    }
     (d_gate, d_up)
 }

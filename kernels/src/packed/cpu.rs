@@ -25,7 +25,7 @@ struct Memory {
 }
 
 /// The words of a tensor, contiguous i32.
-fn contiguous(words: FlexTensor) -> FlexTensor {
+pub(crate) fn contiguous(words: FlexTensor) -> FlexTensor {
     let words = if words.dtype() == DType::I32 { words } else { Flex::int_cast(words, IntDType::I32) };
     if words.is_contiguous() { words } else { words.to_contiguous() }
 }

@@ -12,7 +12,7 @@ use crate::plain::Plain;
 pub(crate) const PANEL: usize = 1 << 26;
 
 /// Codes `from..from + count`; `from` is a multiple of the codes in a word.
-fn unpack<B: Backend>(words: &IntTensor<B>, bits: usize, from: usize, count: usize) -> IntTensor<B> {
+pub(crate) fn unpack<B: Backend>(words: &IntTensor<B>, bits: usize, from: usize, count: usize) -> IntTensor<B> {
     let per_word = 32 / bits;
     let (first, last) = (from / per_word, (from + count).div_ceil(per_word));
     let (words_here, device) = (last - first, words.device());
@@ -28,7 +28,7 @@ fn unpack<B: Backend>(words: &IntTensor<B>, bits: usize, from: usize, count: usi
 }
 
 /// Every value `each` times, `count` in all.
-fn spread<B: Backend>(values: Plain<B>, each: usize, count: usize) -> Plain<B> {
+pub(crate) fn spread<B: Backend>(values: Plain<B>, each: usize, count: usize) -> Plain<B> {
     let len = values.dims()[0];
     values.reshape(&[len, 1]).expand(&[len, each]).reshape(&[len * each]).narrow(0, 0..count)
 }

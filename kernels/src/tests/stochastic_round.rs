@@ -43,3 +43,32 @@ fn what_is_representable_stays_and_seeds_differ() {
     assert_eq!(a, again);
     assert_ne!(a, b);
 }
+
+/// In f16 too, the values below 2^-14 included; there a draw has 16 bits.
+#[test]
+fn the_mean_is_kept_in_f16() {
+    let mut random = Random::new(23);
+    let numbers: Vec<f32> = (0..60).map(|i| random.normal() * 10f32.powi(i % 12 - 8)).collect();
+    let draws = 2000;
+    let repeated: Vec<f32> = (0..draws).flat_map(|_| numbers.clone()).collect();
+    let x = place(&repeated, &[draws, numbers.len()], View::Packed);
+    let rounded = Flex::stochastic_round(x, FloatDType::F16, 7);
+    assert_eq!(rounded.dtype(), DType::F16);
+    let rounded = values_of(&rounded);
+    for (i, &number) in numbers.iter().enumerate() {
+        let unit = f64::from(number.abs()).log2().floor().max(-14.0).exp2() / 1024.0;
+        let below = (f64::from(number) / unit).floor() * unit;
+        let drawn: Vec<f64> = rounded.iter().skip(i).step_by(numbers.len()).map(|&v| f64::from(v)).collect();
+        assert!(drawn.iter().all(|&v| v == below || v == below + unit), "{number}");
+        let mean = drawn.iter().sum::<f64>() / draws as f64;
+        // As above, and a draw of 13 bits and of 16 bits moves the mean by up to 2^-13 of a unit.
+        let allowed = 5.0 * 0.5 * unit / (draws as f64).sqrt() + unit / 8192.0;
+        assert!((mean - f64::from(number)).abs() < allowed, "{number} became {mean}, unit {unit}");
+    }
+    let edges = [0.0f32, -0.0, 65504.0, -65504.0, 65510.0, 6.103_515_6e-5, 5.960_464_5e-8, 1e6, f32::INFINITY];
+    let x = place(&edges, &[3, 3], View::Packed);
+    let expected =
+        [0.0f32, -0.0, 65504.0, -65504.0, 65504.0, 6.103_515_6e-5, 5.960_464_5e-8, f32::INFINITY, f32::INFINITY];
+    let got = values_of(&Flex::stochastic_round(x, FloatDType::F16, 3));
+    assert_eq!(got.iter().map(|v| v.to_bits()).collect::<Vec<_>>(), expected.map(f32::to_bits));
+}

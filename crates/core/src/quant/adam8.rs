@@ -1,29 +1,13 @@
-//! Adam on moments that are kept in 8 bits (arXiv 2110.02861), as bitsandbytes' blockwise AdamW computes it.
-//!
-//! Per element, in f32: `m = b1 m + (1 - b1) g`; `v = b2 v + (1 - b2) g^2`;
-//! `p = (1 - lr wd) p - lr sqrt(c2) / c1 * m / (sqrt(v) + sqrt(c2) eps)` with `c1 = 1 - b1^t`, `c2 = 1 - b2^t` (torch's
-//! form). The parameter sees the new moments before they are rounded to codes. Two rules keep the codes harmless: a
-//! negative m never gets the code of 0, so its sign is kept; where v is not finite, both moments become 0 and the
-//! parameter stays.
+//! Adam on moments that are kept in 8 bits (arXiv 2110.02861), on the host. The step itself, and the one on a device,
+//! are [`lowrank_kernels::adam8`]'s.
 //!
 //! State: `2 + 8 / block` bytes a value.
 
-use super::dynamic8::{Blockwise8, Map, largest_magnitude};
+use burn::tensor::Device;
+pub use lowrank_kernels::adam8::Adam8;
+use lowrank_kernels::adam8::{self as kernel, Moment};
 
-/// The numbers of one step.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Adam8 {
-    /// Learning rate of this step.
-    pub learning_rate: f64,
-    /// Decay rates of the first and second moment.
-    pub betas: (f64, f64),
-    /// Added to the root of the corrected second moment.
-    pub eps: f64,
-    /// Decoupled weight decay, applied before the update.
-    pub weight_decay: f64,
-    /// Number of this step, from 1.
-    pub step: u32,
-}
+use super::dynamic8::{Blockwise8, Map, largest_magnitude};
 
 /// Both moments of one tensor, flattened.
 #[derive(Clone, Debug, PartialEq)]
@@ -58,37 +42,23 @@ impl Moments8 {
     /// # Panics
     /// Where the lengths differ.
     pub fn step(&mut self, parameter: &mut [f32], gradient: &[f32], rule: Adam8) {
-        let (len, block) = (self.first.codes.len(), self.first.block);
-        assert!(parameter.len() == len && gradient.len() == len, "{len} moments, {} gradients", gradient.len());
-        let (c1, c2) = (1.0 - rule.betas.0.powi(rule.step as i32), 1.0 - rule.betas.1.powi(rule.step as i32));
-        let (b1, b2) = (rule.betas.0 as f32, rule.betas.1 as f32);
-        let (d1, d2) = ((1.0 - rule.betas.0) as f32, (1.0 - rule.betas.1) as f32);
-        let decay = (1.0 - rule.learning_rate * rule.weight_decay) as f32;
-        let step_size = (rule.learning_rate * c2.sqrt() / c1) as f32;
-        let eps = (c2.sqrt() * rule.eps) as f32;
-        let (first_map, second_map) = (Map::signed(), Map::unsigned());
-        let (mut m, mut v) = (vec![0.0f32; block.min(len)], vec![0.0f32; block.min(len)]);
+        let block = self.first.block;
+        let [first, second] =
+            [&mut self.first, &mut self.second].map(|part| Moment { codes: &mut part.codes, absmax: &mut part.absmax });
+        kernel::on_host(parameter, gradient, first, second, block, rule);
+    }
 
-        for (index, (parameter, gradient)) in parameter.chunks_mut(block).zip(gradient.chunks(block)).enumerate() {
-            let range = index * block..index * block + gradient.len();
-            let (m, v) = (&mut m[..gradient.len()], &mut v[..gradient.len()]);
-            let first_codes = &mut self.first.codes[range.clone()];
-            let second_codes = &mut self.second.codes[range];
-            // The look-ups apart from the arithmetic, which then vectorises.
-            decode(first_codes, first_map, self.first.absmax[index], m);
-            decode(second_codes, second_map, self.second.absmax[index], v);
-            for (((p, g), m), v) in parameter.iter_mut().zip(gradient).zip(m.iter_mut()).zip(v.iter_mut()) {
-                let (first, second) = (b1 * *m + d1 * g, b2 * *v + d2 * g * g);
-                let keep = second.is_finite(); // false for every g that is not
-                let updated = *p * decay - step_size * (first / (second.sqrt() + eps));
-                (*m, *v) = if keep { (first, second) } else { (0.0, 0.0) };
-                *p = if keep { updated } else { *p };
-            }
-            self.first.absmax[index] = largest_magnitude(m);
-            self.second.absmax[index] = largest_magnitude(v);
-            encode_block(m, first_map, self.first.absmax[index], first_codes);
-            encode_block(v, second_map, self.second.absmax[index], second_codes);
-        }
+    /// The same moments on a device.
+    pub fn on_device(&self, device: &Device) -> kernel::Moments8 {
+        let Self { first, second } = self;
+        kernel::Moments8::new([&first.codes, &second.codes], [&first.absmax, &second.absmax], first.block, device)
+    }
+
+    /// Those of a device; waits for it.
+    pub fn from_device(moments: &kernel::Moments8) -> Self {
+        let block = moments.block();
+        let [first, second] = moments.to_host().map(|(codes, absmax)| Blockwise8 { codes, absmax, block });
+        Self { first, second }
     }
 
     /// Bytes of both.
@@ -97,35 +67,17 @@ impl Moments8 {
     }
 }
 
-fn decode(codes: &[u8], map: &Map, absmax: f32, values: &mut [f32]) {
-    for (value, code) in values.iter_mut().zip(codes) {
-        *value = map.values[usize::from(*code)] * absmax;
-    }
-}
-
 fn encode(values: &[f32], map: &Map, codes: &mut [u8], absmax: &mut [f32], block: usize) {
     for ((values, codes), absmax) in values.chunks(block).zip(codes.chunks_mut(block)).zip(absmax) {
         *absmax = largest_magnitude(values);
-        encode_block(&mut values.to_vec(), map, *absmax, codes);
-    }
-}
-
-/// Nearest codes, but not that of 0 for a negative value. Leaves the quotients in `values`.
-fn encode_block(values: &mut [f32], map: &Map, absmax: f32, codes: &mut [u8]) {
-    let zero = map.zero();
-    if absmax == 0.0 {
-        codes.fill(zero);
-        return;
-    }
-    values.iter_mut().for_each(|value| *value /= absmax); // apart from the look-ups, so that it vectorises
-    for (code, value) in codes.iter_mut().zip(values) {
-        let nearest = map.nearest(*value);
-        *code = nearest - u8::from(nearest == zero && *value < 0.0);
+        kernel::encode(&mut values.to_vec(), map, *absmax, codes);
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use burn::tensor::{Tensor, TensorData};
+
     use super::*;
     use crate::random::Stream;
 
@@ -160,6 +112,31 @@ mod tests {
         let expected = Blockwise8::quantise(&expected, Map::signed(), 256);
         let apart = moments.first.codes.iter().zip(&expected.codes).map(|(a, b)| a.abs_diff(*b)).max();
         assert!(apart <= Some(1), "{apart:?}");
+    }
+
+    #[test]
+    fn moments_on_a_device_are_those_of_the_host_to_the_bit() {
+        let stream = Stream::new(6, "gradient");
+        for (len, block) in [(1000, 256), (7, 4), (1, 256)] {
+            let (device, mut host) = (Device::flex(), Moments8::zeros(len, block));
+            let mut moved = kernel::Moments8::zeros(len, block, &device);
+            assert_eq!((Moments8::from_device(&moved), moved.bytes()), (host.clone(), host.bytes()));
+            let mut parameter = vec![1.0; len];
+            for step in 1..=3 {
+                let first = u64::from(step) * 1000;
+                let gradient: Vec<f32> = (0..len).map(|i| stream.normal(first + i as u64) as f32).collect();
+                let tensor =
+                    |values: &[f32]| Tensor::<2>::from_data(TensorData::new(values.to_vec(), [1, len]), &device);
+                let rule = Adam8 { step, ..RULE };
+                let (updated, moments) =
+                    lowrank_kernels::adam8(tensor(&parameter), tensor(&gradient), moved.clone(), rule);
+                moved = moments;
+                host.step(&mut parameter, &gradient, rule);
+                assert_eq!(crate::linalg::host(updated), parameter);
+                assert_eq!(Moments8::from_device(&moved), host);
+                assert_eq!(Moments8::from_device(&host.on_device(&device)), host);
+            }
+        }
     }
 
     #[test]

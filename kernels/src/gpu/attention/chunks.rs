@@ -14,13 +14,16 @@ use burn_cubecl::ops::{permute, reshape};
 use burn_cubecl::tensor::CubeTensor;
 use cubecl::prelude::*;
 
-use super::super::launch::{ROW_UNITS, cube_max, cube_sum, dense, element, empty, empty_like};
+use super::super::launch::{Fold, RowCube, cube_fold, dense, element, empty, empty_like};
 use super::Sizes;
 use super::rows::{cap, delta, visible};
 use crate::attention::{KnownKeys, NOTHING_SEEN};
 
 /// Bytes of f32 scores that a chunk may take.
 const SCORE_BYTES: usize = 128 << 20;
+
+/// Units of a cube that works on a row of scores, at most.
+const ROW_UNITS: u32 = 256;
 
 /// Where a chunk lies: its first query, its first key, and the sizes that turn a row into a query and a head.
 #[derive(CubeType, CubeLaunch, Clone, Copy)]
@@ -61,10 +64,11 @@ fn softmax_kernel<F: Float, I: Int>(
     scale: f32,
     softcap: f32,
     #[comptime] capped: bool,
+    #[comptime] cube: RowCube,
     #[define(F)] _element: ElemType,
     #[define(I)] _int: ElemType,
 ) {
-    let mut shared = Shared::<[f32]>::new_slice(ROW_UNITS as usize);
+    let mut shared = Shared::<[f32]>::new_slice(comptime!(cube.units as usize));
     let (first, end) = visible::<I>(ranges, place.query_row(), place.first_key, place.span);
     let start = place.score_row();
     let mut largest = NOTHING_SEEN.runtime();
@@ -77,8 +81,8 @@ fn softmax_kernel<F: Float, I: Int>(
         largest = next;
         i += CUBE_DIM as i32;
     }
-    let row_largest = cube_max(largest, &mut shared);
-    let total = cube_sum(sum * (largest - row_largest).exp(), &mut shared);
+    let row_largest = cube_fold(largest, &mut shared, cube, Fold::Max);
+    let total = cube_fold(sum * (largest - row_largest).exp(), &mut shared, cube, Fold::Sum);
     let inverse = select(total > 0.0, 1.0 / total, 0.0);
     let mut i = UNIT_POS as usize;
     while i < place.span {
@@ -214,10 +218,11 @@ pub(super) fn forward(
         let scores = product(chunk.queries(&s, &q), transposed(chunk.keys(&k)), DType::F32);
         let weights = empty(&q, scores.meta.shape().clone(), dtype);
         let (client, kinds) = (q.client.clone(), (element(&weights), element(&ranges)));
+        let cube = RowCube::new(&client, chunk.end_key - chunk.first_key, ROW_UNITS);
         softmax_kernel::launch(
             &client,
             chunk.cubes(&s),
-            CubeDim::new_1d(ROW_UNITS),
+            cube.dim(),
             scores.into_buffer_arg(),
             ranges.clone().into_buffer_arg(),
             weights.clone().into_buffer_arg(),
@@ -226,6 +231,7 @@ pub(super) fn forward(
             s.scale,
             s.softcap,
             s.softcap > 0.0,
+            cube,
             kinds.0,
             kinds.1,
         );

@@ -1,6 +1,6 @@
 //! AdamW with moments in 8 bits (arXiv 2110.02861), as bitsandbytes' blockwise AdamW; torch's form of eps.
 //!
-//! The step is that of [`crate::quant::adam8`], on the host: dequantise, update both moments, take the step from the
+//! The step is [`lowrank_kernels::adam8()`], on the device: dequantise, update both moments, take the step from the
 //! unrounded moments, quantise. Blocks run over the flattened transpose of R, which is the array of the published code
 //! (`[n, r]` of the input side, `[r, m]` of the output side). Matrices of fewer than 4096 values keep f32 moments, as
 //! there.
@@ -8,6 +8,7 @@
 //! State: `2 + 8 / block` bytes a value, 8 where the matrix is small.
 
 use burn::tensor::{Device, Tensor, TensorData};
+use lowrank_kernels as kernels;
 
 use super::adamw::rotate_moments;
 use super::{AdamForm, AdamW, Rule};
@@ -34,24 +35,18 @@ pub struct AdamW8bit {
 
 #[derive(Debug)]
 struct Codes {
-    moments: Moments8,
+    moments: kernels::adam8::Moments8,
     /// Shape of R; the moments belong to its transpose.
     dims: [usize; 2],
-    device: Device,
 }
 
 impl Codes {
-    fn tensor(&self, values: Vec<f32>) -> Tensor<2> {
-        let [rows, cols] = self.dims;
-        Tensor::from_data(TensorData::new(values, [cols, rows]), &self.device).transpose()
-    }
-
-    fn first(&self) -> Tensor<2> {
-        self.tensor(self.moments.first.dequantise(Map::signed()))
-    }
-
-    fn second(&self) -> Tensor<2> {
-        self.tensor(self.moments.second.dequantise(Map::unsigned()))
+    /// m and v in f32, in the shape of R.
+    fn values(&self) -> (Tensor<2>, Tensor<2>) {
+        let ([rows, cols], device) = (self.dims, self.moments.device());
+        let tensor = |values: Vec<f32>| Tensor::from_data(TensorData::new(values, [cols, rows]), &device).transpose();
+        let Moments8 { first, second } = Moments8::from_device(&self.moments);
+        (tensor(first.dequantise(Map::signed())), tensor(second.dequantise(Map::unsigned())))
     }
 }
 
@@ -70,10 +65,11 @@ impl Rule for AdamW8bit {
         if len < SMALLEST {
             return self.full.step(gradient, learning_rate);
         }
-        let block = self.block;
-        let codes = self.codes.get_or_insert_with(|| Codes { moments: Moments8::zeros(len, block), dims, device });
+        let moments = match self.codes.take() {
+            Some(codes) => codes.moments,
+            None => kernels::adam8::Moments8::zeros(len, self.block, &device),
+        };
         self.step += 1;
-        let mut update = vec![0.0; len];
         // A parameter of zero and a negative learning rate leave the step to subtract.
         let rule = Adam8 {
             learning_rate: -learning_rate,
@@ -82,20 +78,23 @@ impl Rule for AdamW8bit {
             weight_decay: 0.0,
             step: self.step,
         };
-        codes.moments.step(&mut update, &host(gradient.transpose()), rule);
-        codes.tensor(update)
+        let gradient = gradient.transpose();
+        let (update, moments) = kernels::adam8(gradient.zeros_like(), gradient, moments, rule);
+        self.codes = Some(Codes { moments, dims });
+        update.transpose()
     }
 
     fn momentum(&self) -> Option<Tensor<2>> {
-        self.codes.as_ref().map(Codes::first).or_else(|| self.full.momentum())
+        self.codes.as_ref().map(|codes| codes.values().0).or_else(|| self.full.momentum())
     }
 
     fn rotate(&mut self, c: &Tensor<2>) {
         self.full.rotate(c);
         if let Some(codes) = &mut self.codes {
-            let moments = (codes.first(), codes.second());
-            let (first, second) = rotate_moments(moments, c, self.rank_axis, self.betas, self.step);
-            codes.moments.set(&host(first.transpose()), &host(second.transpose()));
+            let (first, second) = rotate_moments(codes.values(), c, self.rank_axis, self.betas, self.step);
+            let mut moments = Moments8::zeros(codes.dims[0] * codes.dims[1], self.block);
+            moments.set(&host(first.transpose()), &host(second.transpose()));
+            codes.moments = moments.on_device(&codes.moments.device());
         }
     }
 
@@ -105,13 +104,15 @@ impl Rule for AdamW8bit {
             ("rule.step", u64::from(self.step)),
             ("rule.rows", codes.dims[0] as u64),
             ("rule.cols", codes.dims[1] as u64),
-            ("rule.block", codes.moments.first.block as u64),
+            ("rule.block", codes.moments.block() as u64),
         ];
         into.numbers.extend(numbers.map(|(key, number)| (key.to_owned(), number)));
-        for (key, part) in [("rule.first", &codes.moments.first), ("rule.second", &codes.moments.second)] {
-            into.bytes.insert(format!("{key}.codes"), part.codes.clone());
-            let absmax = TensorData::new(part.absmax.clone(), [1, part.absmax.len()]);
-            into.tensors.insert(format!("{key}.absmax"), Tensor::from_data(absmax, &codes.device));
+        let (Moments8 { first, second }, device) = (Moments8::from_device(&codes.moments), codes.moments.device());
+        for (key, part) in [("rule.first", first), ("rule.second", second)] {
+            into.bytes.insert(format!("{key}.codes"), part.codes);
+            let blocks = part.absmax.len();
+            let absmax = TensorData::new(part.absmax, [1, blocks]);
+            into.tensors.insert(format!("{key}.absmax"), Tensor::from_data(absmax, &device));
         }
     }
 
@@ -137,7 +138,7 @@ impl Rule for AdamW8bit {
         let (first, device) = part("rule.first")?;
         let (second, _) = part("rule.second")?;
         self.step = from.number("rule.step")? as u32;
-        self.codes = Some(Codes { moments: Moments8 { first, second }, dims, device });
+        self.codes = Some(Codes { moments: Moments8 { first, second }.on_device(&device), dims });
         Ok(())
     }
 
@@ -173,7 +174,8 @@ mod tests {
         assert_eq!(rule.state_bytes(), 2 * 4096 + 8 * 16);
         let values: Vec<f32> = host(gradient.transpose()).iter().map(|g| 0.1f64 as f32 * g).collect();
         let expected = Blockwise8::quantise(&values, Map::signed(), 256);
-        let got = rule.codes.as_ref().map(|codes| codes.moments.first.absmax.clone()).unwrap_or_default();
+        let got =
+            rule.codes.as_ref().map(|codes| Moments8::from_device(&codes.moments).first.absmax).unwrap_or_default();
         for (got, expected) in got.iter().zip(&expected.absmax) {
             assert!((got - expected).abs() < 1e-6);
         }
@@ -190,8 +192,8 @@ mod tests {
     fn a_rotation_by_the_identity_moves_no_code_by_more_than_one() {
         let mut rule = AdamW8bit::new((0.9, 0.999), 1e-8, 256, 1);
         rule.step(matrix(600, 8, "gradient"), 0.1);
-        let codes =
-            |rule: &AdamW8bit| rule.codes.as_ref().map(|codes| codes.moments.first.codes.clone()).unwrap_or_default();
+        let first = |codes: &Codes| Moments8::from_device(&codes.moments).first.codes;
+        let codes = |rule: &AdamW8bit| rule.codes.as_ref().map(first).unwrap_or_default();
         let before = codes(&rule);
         rule.rotate(&Tensor::eye(8, &Device::flex()));
         let after = codes(&rule);
