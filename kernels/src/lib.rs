@@ -33,6 +33,7 @@ mod attention;
 mod cross_entropy;
 mod gated;
 mod gemm;
+pub mod launches;
 mod linear;
 mod lowrank_linear;
 pub mod merged_linear;
