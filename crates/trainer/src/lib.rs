@@ -9,7 +9,9 @@
 //! | [`task`], [`causal`], [`classification`] | what the loop needs of a task: model, batches, evaluation; and the tasks there are |
 //! | [`session`] | device, model, tokenizer and adapter of a run |
 //! | [`step`] | one forward and backward pass, segment by segment |
+//! | [`update`], [`loss_scale`] | one optimiser step; the scale of the loss in f16 |
 //! | [`train_loop`], [`rates`] | the loop on one page; learning rates |
+//! | [`memory`] | what is in use, and what is said when there is none left |
 //! | [`plan`] | how much memory a run will need |
 //! | [`analysis`] | what training did to a model, in numbers |
 //! | [`checkpoint`] | everything a resume needs |
@@ -32,6 +34,8 @@ pub mod data;
 pub mod device;
 pub mod error;
 pub mod evaluate;
+pub mod loss_scale;
+pub mod memory;
 pub mod metrics;
 pub mod optimizer;
 pub mod plan;
@@ -45,3 +49,4 @@ pub mod study;
 pub mod task;
 pub mod tensorboard;
 pub mod train_loop;
+pub mod update;

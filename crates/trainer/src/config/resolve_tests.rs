@@ -343,7 +343,7 @@ fn impossible_combinations_of_low_rank_optimisers() {
             "base_model = \"m\"\noutput_dir = \"o\"\n[optimizer]\n{optimizer}\n[data]\ntrain = \"t.txt\"\n[training]\nmax_steps = 10\n"
         )
     };
-    let cases: [(&str, &[&str], &str); 9] = [
+    let cases: [(&str, &[&str], &str); 10] = [
         (
             "galore = {}",
             &["adapter.lora.r=4"],
@@ -366,6 +366,12 @@ fn impossible_combinations_of_low_rank_optimisers() {
             &["training.on_non_finite=skip"],
             "optimizer.galore.merge = \"deferred\" cannot leave out a step (training.on_non_finite = \"skip\"): a refresh \
              retires pending updates, and the step must merge them",
+        ),
+        (
+            "galore = { merge = \"deferred\" }",
+            &["dtype=f16"],
+            "optimizer.galore.merge = \"deferred\" cannot leave out a step, which dtype = \"f16\" does where a gradient does not \
+             fit; use \"bf16\" or \"f32\", or merge = \"eager\"",
         ),
         ("galore = { momentum = 0.5 }", &[], "optimizer.galore.momentum is set, but AdamW has betas"),
         ("galore = { rank = 0 }", &[], "optimizer.galore.rank is 0, must be at least 1"),
