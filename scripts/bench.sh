@@ -8,6 +8,9 @@
 #                               and torch; with what the flops of each method predict
 #   scripts/bench.sh adapters   SmolLM2-135M, every adapter at rank 16 on all linear layers, 8 x 256 tokens, f32, 2 threads,
 #                               median of 4 steps after 1, with what each costs over LoRA, against peft where it has the method
+#   scripts/bench.sh gpu        on a graphics card, bf16: matrix products against torch; each kernel beside its floor; steps of
+#                               LoRA, QLoRA, full AdamW and GaLore on Llama shapes, sequences of 2048, against peft (eager,
+#                               compiled, Liger), bitsandbytes and galore-torch; about 20 minutes on an H200
 #
 # ROUNDS (3; adapters 2) runs of each program; STEPS (8; galore 5), WARMUP (2), THREADS (2);
 # PEERS_PYTHON: a Python with torch, transformers and peft (else .venv-peers is made, which takes about 6 GB); galore also
@@ -16,6 +19,9 @@
 # galore: SHAPE (llama-130m), a folder in configs/pretrain/models; SEQ (256) and TOKENS (2048) of a step: SEQ=2048 is one
 # sequence; RANK; DEVICE (cpu): ours runs there, the peers on cuda if that is asked for and their torch has it, else on the
 # CPU; PROGRAMS (full input std exact galore-torch torch): which, in this order.
+# gpu: DEVICE (auto); PARTS (gemm kernels steps); WORKLOADS (the names in gpu_workload), PEERS_PYTHON (python3; none leaves
+# the peers out); LOWRANK_BENCH_CPP: a lowrank-bench built with cuda-cpp, whose products are measured too; RESULTS: file that
+# the lines are added to (else they are not kept); LIMIT (300): seconds for one program; QUICK=1: tiny shapes, f32, anywhere.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 threads=${THREADS:-2}
@@ -178,8 +184,98 @@ bench_adapters() {
     python3 scripts/bench/table.py <"$results"
 }
 
+# Runs one program of the GPU benchmark: its lines are kept as they come, and a failure becomes a line of its own.
+gpu_program() {
+    local status=0
+    timeout "${LIMIT:-300}" "$@" 2>"$log" | tee -a "$results" "${RESULTS:-/dev/null}" >&2 || status=$?
+    [ "$status" != 0 ] || return 0
+    cat "$log" >&2
+    failure_line "$status" "$*" | tee -a "$results" "${RESULTS:-/dev/null}" >&2
+}
+
+# A line for the report: status, command; why is the last error in the log.
+failure_line() {
+    python3 - "$1" "$log" "$2" <<'PYTHON'
+import json, sys
+status, log, command = sys.argv[1:]
+lines = [line for line in open(log, encoding="utf-8", errors="replace").read().splitlines() if line.strip()]
+errors = [line for line in lines if "error" in line.lower() or "panicked" in line] or lines
+why = "took too long" if status == "124" else f"status {status}: " + " ".join(errors[-1:])[:300]
+print(json.dumps({"bench": "failure", "command": command, "why": why}))
+PYTHON
+}
+
+# The step of one workload: model, sequences, what is trained by us and by the peers. Nothing is recomputed.
+gpu_workload() {
+    local model rows own=() peers=()
+    case $1 in
+    lora-1b) model=configs/bench/llama-1b rows=8 peers=(lora:eager lora:compiled lora:liger) ;;
+    lora-8b) model=configs/bench/llama-8b rows=4 peers=(lora:eager lora:compiled lora:liger) ;;
+    qlora-8b) model=configs/bench/llama-8b rows=1 own=(--quantization nf4) peers=(qlora:eager) ;;
+    full-350m | full-1b) rows=8 own=(--optimizer 'adamw = {}') peers=(full:eager full:compiled) ;;
+    galore-350m | galore-1b) rows=8 peers=(galore:eager) ;;
+    *) echo "error: WORKLOADS has $1, expected lora-1b lora-8b qlora-8b full-350m galore-350m full-1b galore-1b" >&2; exit 2 ;;
+    esac
+    case $1 in
+    *-350m) model=configs/pretrain/models/llama-350m hidden=1024 ;;
+    full-1b | galore-1b) model=configs/pretrain/models/llama-1b rows=4 hidden=2048 ;;
+    esac
+    [ -z "$quick" ] || model=configs/pretrain/models/llama-tiny rows=1 hidden=256
+    if [ "${1%%-*}" = galore ]; then
+        own=(--optimizer "galore = { rank = $((hidden / 4)), update_proj_gap = 200, stagger = false }")
+    fi
+    gpu_program "$binary" step --model "$model" --random --workload "$1" --device "$device" --batch "$rows" \
+        "${sizes[@]}" --threads "$(nproc)" "${own[@]}"
+    [ "$python" != none ] || return 0
+    for peer in "${peers[@]}"; do
+        gpu_program "$python" scripts/bench/peer_gpu.py "$model" --workload "$1" --device "$peer_device" \
+            --method "${peer%:*}" --variant "${peer#*:}" --batch "$rows" "${sizes[@]}"
+    done
+}
+
+bench_gpu() {
+    local device=${DEVICE:-auto} python=${PEERS_PYTHON:-python3} quick=${QUICK:-} peer_device=cuda peer workload features=()
+    local parts=() workloads=() small=() dtype=bf16 seq=2048 hidden=0
+    read -ra parts <<<"${PARTS:-gemm kernels steps}"
+    read -ra workloads <<<"${WORKLOADS:-lora-1b lora-8b qlora-8b full-350m galore-350m galore-1b full-1b}"
+    if [ -n "$quick" ]; then
+        [ -n "${WORKLOADS:-}" ] || workloads=(lora-1b qlora-8b full-350m galore-350m)
+        small=(--quick) dtype=${DTYPE:-f32} seq=32 peer_device=cpu
+    fi
+    if [ "$python" != none ] && ! "$python" -c 'import torch, transformers, peft' 2>/dev/null; then
+        echo "error: $python has no torch, transformers and peft" >&2
+        printf '\nhint: PEERS_PYTHON names one that has, or PEERS_PYTHON=none leaves the peers out\n' >&2
+        exit 2
+    fi
+    case $device in cuda* | vulkan* | metal*) features=(--features "${device%%:*}") ;; esac
+    build "${features[@]}"
+    prepare
+    local sizes=(--seq "$seq" --dtype "$dtype" --warmup "${WARMUP:-3}" --steps "${STEPS:-10}")
+    for part in "${parts[@]}"; do
+        case $part in
+        gemm)
+            gpu_program "$binary" gemm --device "$device" --dtype "$dtype" "${small[@]}"
+            if [ -n "${LOWRANK_BENCH_CPP:-}" ] && [ "${device%%:*}" = cuda ]; then
+                gpu_program env CUBECL_ENVIRONMENT=lowrank-cpp "$LOWRANK_BENCH_CPP" gemm --device "$device" --dtype "$dtype"
+            fi
+            [ "$python" = none ] || gpu_program "$python" scripts/bench/peer_gemm.py --device "$peer_device" "${small[@]}" \
+                --dtype "$dtype"
+            ;;
+        kernels) gpu_program "$binary" kernels --device "$device" --dtype "$dtype" "${small[@]}" ;;
+        steps)
+            for workload in "${workloads[@]}"; do
+                gpu_workload "$workload"
+            done
+            ;;
+        *) echo "error: PARTS has $part, expected gemm, kernels or steps" >&2; exit 2 ;;
+        esac
+    done
+    python3 scripts/bench/table_gpu.py <"$results"
+}
+
 case ${1:-} in
 cpu) bench_cpu ;;
+gpu) bench_gpu ;;
 adapters) bench_adapters ;;
 galore) bench_galore ;;
 *) usage ;;

@@ -2,6 +2,8 @@
 # Everything that must hold before a commit: format, lints, tests, reference cases, smoke configurations, documentation.
 #
 #   scripts/check.sh [PHASE...]        phases: format clippy build test goldens smoke docs sizes      default: all
+#   scripts/check.sh cuda              that --features cuda,vulkan compiles, and the code of every kernel for CUDA, SPIR-V and
+#                                      WGSL; needs no card, but what scripts/cuda-llvm.sh installs; 15 minutes from nothing
 #
 # Prints the seconds of each phase; exit status 1 if any failed. Tests of GPU code run on Mesa's software Vulkan where it
 # is installed (Debian: mesa-vulkan-drivers). One cargo profile, release, so that a dependency is compiled once.
@@ -75,6 +77,15 @@ phase_smoke() {
 phase_docs() {
     python3 scripts/make_config_docs.py --check &&
         RUSTDOCFLAGS=-Dwarnings cargo doc --release --locked --workspace --no-deps --quiet
+}
+
+# In the dev profile, which has the code of no other phase but compiles ten times faster. Its folder is its own: with other
+# features all of Burn is another build.
+phase_cuda() {
+    local features=lowrank-train/cuda,lowrank-train/vulkan,lowrank-train/persistence
+    CARGO_TARGET_DIR=${CARGO_TARGET_DIR:-target}/cuda cargo check --locked --workspace --features "$features" &&
+        CARGO_TARGET_DIR=${CARGO_TARGET_DIR:-target}/cuda cargo test --locked --package lowrank-kernels \
+            --features codegen --lib codegen
 }
 
 # Reported, never fatal: long files and long functions (from `fn` to the brace of the same indentation).

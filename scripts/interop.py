@@ -14,6 +14,12 @@ and for the first of the models, for every adapter method (--methods picks some)
 4. native    peft reads the folder of the run, where peft has the method or the folder is a plain LoRA, with our logits
 5. folded    peft reads what `merge --format peft` made of it, with our logits
 
+and for the testkit's ResNet, whose adapters sit on convolutions:
+
+6. conv      as 1 and 2, from images
+7. peft      an adapter that peft trained on convolutions and the linear layer has peft's logits here
+8. tucker    the folder of a Tucker core, put into the weights by the formula in docs/adapters.md, has our logits; so does `merge`
+
 Prints `passed` or `failed` a line; exit status 1 if any failed. Needs target/release/lowrank-train and lowrank-bench.
 """
 import argparse
@@ -27,13 +33,14 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoModelForImageClassification, AutoTokenizer
 from transformers.utils import logging
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ("tiny-llama", "tiny-llama-tied", "tiny-qwen2", "tiny-qwen3", "tiny-mistral", "tiny-llama3", "tiny-gemma2")
 PROMPT = "A red fox sat under the apple tree and waited for 24 days."
+RESNET = "tiny-resnet"
 TEXTS = ["The river runs past the mill.", "Seven small boats left.", "Rain fell all night, and the road was gone.",
          "Nobody knew who had painted the door."]
 
@@ -268,6 +275,118 @@ def check_model(args, model, folder):
     return failed
 
 
+def load_resnet(folder):
+    return AutoModelForImageClassification.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def class_logits(model, pixels):
+    with torch.no_grad():
+        return model(pixel_values=pixels).logits.float()
+
+
+class Images:
+    """The ResNet, three folders of pictures for its three classes, and pixels that the logits are compared on."""
+
+    def __init__(self, args, folder):
+        self.args, self.folder = args, folder
+        self.model = ROOT / "crates" / "testkit" / "goldens" / "models" / RESNET
+        for label, colour in enumerate(("red", "green", "blue")):
+            shutil.copytree(ROOT / "data" / "smoke" / "images" / "train" / colour, folder / "images" / f"LABEL_{label}")
+        self.pixels = torch.randn(4, 3, 37, 29, generator=torch.Generator().manual_seed(0))
+        save_file({"pixel_values": self.pixels}, folder / "pixels.safetensors")
+        self.plain = class_logits(load_resnet(self.model), self.pixels)
+
+    def train(self, name, *tables):
+        """An adapter that three steps here made."""
+        config = self.folder / f"{name}.toml"
+        config.write_text("\n".join([
+            'task = "image_classification"', f'base_model = "{self.model}"', f'output_dir = "{self.folder / name}"',
+            'device = "cpu"', *tables, "[optimizer.adamw]", "learning_rate = 2e-2",
+            "[data]", f'train = "{self.folder / "images"}"', "cache = false",
+            "[training]", "max_steps = 3", "micro_batch_size = 6", "[logging]", 'progress = "plain"']) + "\n", encoding="utf-8")
+        command(self.args.train, "--config", config)
+        return self.folder / name / "adapter"
+
+    def ours(self, adapter):
+        out = self.folder / "logits.safetensors"
+        command(self.args.bench, "logits", "--model", self.model, "--adapter", adapter,
+                "--pixels", self.folder / "pixels.safetensors", "--out", out)
+        return load_file(out)["logits"].float()
+
+    def merged(self, adapter):
+        out = self.folder / f"merged-{adapter.parent.name}"
+        command(self.args.train, "merge", "--config", self.folder / f"{adapter.parent.name}.toml", "--out", out, "--dtype", "f32")
+        return class_logits(load_resnet(out), self.pixels)
+
+    def moved(self, logits):
+        moved = float((logits - self.plain).abs().max())
+        if moved < 100 * self.args.tolerance:
+            raise Failure(f"the adapter moves the logits by {moved:.1e} only: too little to compare")
+        return moved
+
+
+def check_conv(images):
+    adapter = images.train("conv", "[adapter.lora]", "r = 4", "lora_alpha = 8", 'target_modules = ["convolution"]',
+                           "[adapter.lora.rank_pattern]", '"shortcut.convolution" = 2')
+    theirs = class_logits(PeftModel.from_pretrained(load_resnet(images.model), adapter).eval(), images.pixels)
+    moved = images.moved(theirs)
+    worst = require_close("adapter logits", images.ours(adapter), theirs, images.args.tolerance)
+    merged = require_close("merged logits", images.merged(adapter), theirs, images.args.tolerance)
+    return f"logits differ by {worst:.1e}, merged by {merged:.1e} (the adapter moves them by {moved:.1e})"
+
+
+def check_peft_conv(images):
+    """peft trains LoRA on every convolution and on the linear layer of the head; the norms stay as in inference."""
+    torch.manual_seed(0)
+    config = LoraConfig(r=5, lora_alpha=9, use_rslora=True, target_modules=["convolution", "classifier.1"],
+                        rank_pattern={r"embedder\.convolution": 3}, alpha_pattern={"shortcut.convolution": 4})
+    adapted = get_peft_model(load_resnet(images.model), config).eval()
+    optimizer = torch.optim.AdamW([param for param in adapted.parameters() if param.requires_grad], lr=2e-2)
+    for _ in range(4):
+        adapted(pixel_values=images.pixels, labels=torch.tensor([0, 1, 2, 0])).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    adapted.save_pretrained(images.folder / "peft")
+    theirs = class_logits(adapted, images.pixels)
+    moved = images.moved(theirs)
+    worst = require_close("logits of peft's adapter", images.ours(images.folder / "peft"), theirs, images.args.tolerance)
+    return f"logits differ by {worst:.1e} (the adapter moves them by {moved:.1e})"
+
+
+def check_tucker_conv(images):
+    adapter = images.train("tucker", "[adapter.tucker]", "r_in = 3", "r_out = 4", "scale = 2.0",
+                           'target_modules = ["convolution"]')
+    settings = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    tensors, model = load_file(adapter / "adapter_model.safetensors"), load_resnet(images.model)
+    weights = model.state_dict()
+    for name in [key.removesuffix(".lora_R") for key in tensors if key.endswith(".lora_R")]:
+        parts = [tensors.pop(f"{name}.lora_{part}") for part in ("R", "A", "B", "rows", "columns")]
+        weights[f"{name}.weight"] += settings["scale"] * torch.einsum("bacd,ai,ob,hc,wd->oihw", *parts)
+    weights.update(tensors)  # what is trained whole: the head
+    model.load_state_dict(weights)
+    expected = class_logits(model, images.pixels)
+    moved = images.moved(expected)
+    worst = require_close("tucker logits", images.ours(adapter), expected, images.args.tolerance)
+    merged = require_close("merged logits", images.merged(adapter), expected, images.args.tolerance)
+    return f"logits differ by {worst:.1e}, merged by {merged:.1e} (the adapter moves them by {moved:.1e})"
+
+
+CONVOLUTIONS = {"conv": check_conv, "peft": check_peft_conv, "tucker": check_tucker_conv}
+
+
+def check_convolutions(args, folder):
+    """Adapters on convolutions; returns how many failed."""
+    folder.mkdir()
+    images, failed = Images(args, folder), 0
+    for name, check in CONVOLUTIONS.items():
+        try:
+            print(f"passed {RESNET} {name}: {check(images)}", flush=True)
+        except (Failure, OSError, KeyError, RuntimeError, ValueError) as error:
+            print(f"failed {RESNET} {name}: {error}", flush=True)
+            failed += 1
+    return failed
+
+
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", type=Path)
@@ -303,11 +422,12 @@ def main():
         failed += check_model(args, model, folder)
     first = args.models[0].resolve()
     failed += check_methods(args, first, scratch / first.name)
+    failed += check_convolutions(args, scratch / RESNET)
     if args.keep:
         print(f"files are in {scratch}")
     else:
         shutil.rmtree(scratch)
-    print(f"{3 * len(args.models) + len(args.methods) - failed} passed, {failed} failed")
+    print(f"{3 * len(args.models) + len(args.methods) + len(CONVOLUTIONS) - failed} passed, {failed} failed")
     sys.exit(1 if failed else 0)
 
 

@@ -180,7 +180,9 @@ fn main() {
     let pairs = heads * (t / sequence) * sequence * (sequence + 1) / 2;
     for softcap in [0.0, 50.0] {
         let name = if softcap > 0.0 { " softcap" } else { "" };
-        let forward = || Flex::range_attention(q.clone(), k.clone(), v.clone(), ranges.clone(), 0.125, softcap);
+        let forward = || {
+            Flex::range_attention(q.clone(), k.clone(), v.clone(), ranges.clone(), 0.125, softcap, Default::default())
+        };
         bench.time(&format!("attention{name}"), Work::Flops(4 * width * pairs), || (), |()| drop(forward()));
         let (out, lse) = forward();
         bench.time(
@@ -198,6 +200,7 @@ fn main() {
                     ranges.clone(),
                     0.125,
                     softcap,
+                    Default::default(),
                 ));
             },
         );

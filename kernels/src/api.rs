@@ -4,8 +4,9 @@ use burn::backend::Dispatch;
 use burn::tensor::{FloatDType, Gradients, Int, Tensor};
 
 pub use crate::adamw::AdamW;
+pub use crate::attention::{AttentionHints, AttentionRoute, KnownKeys};
 pub use crate::gated::Activation;
-use crate::{LowRankOps, Maybe, Weight};
+use crate::{LowRankOps, Maybe, Packed, Weight};
 
 /// `y = x w + bias`. Gradients for `x`, and for `w` and `bias` only where they are trained.
 ///
@@ -82,6 +83,36 @@ pub fn projected_linear(
     ))
 }
 
+/// [`projected_linear`] on a weight that is held as codes: what would be the gradient of `w` becomes that of the placeholder
+/// `slot`, which has any shape. Without `left` and `right` it is `dW` itself.
+///
+/// # Panics
+/// As [`projected_linear`].
+pub fn packed_projected_linear(
+    x: Tensor<2>,
+    w: Packed,
+    bias: Option<Tensor<1>>,
+    left: Option<Tensor<2>>,
+    right: Option<Tensor<2>>,
+    pending: Option<(Tensor<2>, f32)>,
+    slot: Tensor<2>,
+) -> Tensor<2> {
+    let (up, keep) = match pending {
+        Some((up, keep)) => (Some(up), keep),
+        None => (None, 1.0),
+    };
+    Tensor::from_dispatch(Dispatch::packed_projected_linear(
+        x.into_dispatch(),
+        w.into_parts(),
+        Maybe::from_option(bias.map(Tensor::into_dispatch)),
+        optional(left),
+        optional(right),
+        optional(up),
+        keep,
+        slot.into_dispatch(),
+    ))
+}
+
 /// `y = x w + bias`, where the two factors of `dW = x^T dy` become the gradients of the placeholders, and `w` gets none. With
 /// an offset, the layer acts as `keep w + down up`.
 ///
@@ -92,7 +123,7 @@ pub fn projected_linear(
 /// As Burn does, where sizes or element types differ.
 pub fn factored_linear(
     x: Tensor<2>,
-    w: Tensor<2>,
+    w: impl Into<Weight>,
     bias: Option<Tensor<1>>,
     offset: Option<Offset>,
     x_slot: Tensor<2>,
@@ -102,16 +133,13 @@ pub fn factored_linear(
         Some(Offset { down, up, keep }) => (Some(down), Some(up), keep),
         None => (None, None, 1.0),
     };
-    Tensor::from_dispatch(Dispatch::factored_linear(
-        x.into_dispatch(),
-        w.into_dispatch(),
-        Maybe::from_option(bias.map(Tensor::into_dispatch)),
-        optional(down),
-        optional(up),
-        keep,
-        x_slot.into_dispatch(),
-        dy_slot.into_dispatch(),
-    ))
+    let (x, bias) = (x.into_dispatch(), Maybe::from_option(bias.map(Tensor::into_dispatch)));
+    let (down, up) = (optional(down), optional(up));
+    let (x_slot, dy_slot) = (x_slot.into_dispatch(), dy_slot.into_dispatch());
+    Tensor::from_dispatch(match w.into() {
+        Weight::Dense(w) => Dispatch::factored_linear(x, w.into_dispatch(), bias, down, up, keep, x_slot, dy_slot),
+        Weight::Packed(w) => Dispatch::packed_factored_linear(x, w.into_parts(), bias, down, up, keep, x_slot, dy_slot),
+    })
 }
 
 /// `y = x w + bias + scale (mask * x) down up`; `w` never gets a gradient, and no dense delta exists.
@@ -155,6 +183,54 @@ pub fn lowrank_linear(
     }
 }
 
+/// `x + scale (x down) up`. Gradients for x, and for `down` and `up` only where they are trained.
+///
+/// # Shapes
+/// `x [t, d]`, `down [d, r]`, `up [r, d]`; result as x.
+///
+/// # Panics
+/// As Burn does, where sizes or element types differ.
+pub fn lowrank_shift(x: Tensor<2>, down: Tensor<2>, up: Tensor<2>, scale: f32) -> Tensor<2> {
+    let (down, up) = (down.into_dispatch(), up.into_dispatch());
+    Tensor::from_dispatch(Dispatch::lowrank_shift(x.into_dispatch(), down, up, scale))
+}
+
+/// `z * c + bias`, a factor and a term for every column.
+///
+/// # Shapes
+/// `z [t, n]`, `c [n]`, `bias [n]`; result as z. On the CPU z is overwritten where nothing else holds it.
+///
+/// # Panics
+/// As Burn does, where sizes differ.
+pub fn column_scale(z: Tensor<2>, c: Tensor<1>, bias: Option<Tensor<1>>) -> Tensor<2> {
+    let bias = Maybe::from_option(bias.map(Tensor::into_dispatch));
+    let (y, _) = Dispatch::column_scale(z.into_dispatch(), c.into_dispatch(), bias);
+    Tensor::from_dispatch(y)
+}
+
+/// `x + x blockdiag(turn)`.
+///
+/// # Shapes
+/// `x [t, n b]`, `turn [n, b, b]`; result as x.
+///
+/// # Panics
+/// As Burn does, where sizes differ.
+pub fn block_rotation(x: Tensor<2>, turn: Tensor<3>) -> Tensor<2> {
+    Tensor::from_dispatch(Dispatch::block_rotation(x.into_dispatch(), turn.into_dispatch()))
+}
+
+/// `U[k r + i, j] = lambda[i, k] a[i, j] gamma[k, j]`; `a` gets no gradient.
+///
+/// # Shapes
+/// `a [r, m]`, `lambda [r, n]`, `gamma [n, m]`; result `[n r, m]`.
+///
+/// # Panics
+/// As Burn does, where sizes differ.
+pub fn scaled_basis(a: Tensor<2>, lambda: Tensor<2>, gamma: Tensor<2>) -> Tensor<2> {
+    let (lambda, gamma) = (lambda.into_dispatch(), gamma.into_dispatch());
+    Tensor::from_dispatch(Dispatch::scaled_basis(a.into_dispatch(), lambda, gamma))
+}
+
 /// `x / sqrt(mean(x^2) + eps) * (offset + gamma)` over the last axis.
 ///
 /// # Shapes
@@ -184,15 +260,34 @@ pub fn attention(
     scale: f32,
     softcap: f32,
 ) -> Tensor<4> {
-    let (out, _) = Dispatch::range_attention(
+    attention_with(q, k, v, ranges, scale, softcap, AttentionHints::default()).0
+}
+
+/// [`attention`] with what the caller knows of the ranges, and also the log-sum-exp of each row, `[b, sq, h]` in f32, through
+/// which no gradient flows.
+///
+/// # Panics
+/// Where a range reaches beyond `hints.keys` (found on the CPU only; elsewhere such keys may go unseen), or where the device has
+/// no kernel of the route asked for.
+pub fn attention_with(
+    q: Tensor<4>,
+    k: Tensor<4>,
+    v: Tensor<4>,
+    ranges: Tensor<3, Int>,
+    scale: f32,
+    softcap: f32,
+    hints: AttentionHints,
+) -> (Tensor<4>, Tensor<3>) {
+    let (out, lse) = Dispatch::range_attention(
         q.into_dispatch(),
         k.into_dispatch(),
         v.into_dispatch(),
         ranges.into_dispatch(),
         scale,
         softcap,
+        hints,
     );
-    Tensor::from_dispatch(out)
+    (Tensor::from_dispatch(out), Tensor::from_dispatch(lse))
 }
 
 /// `activation(gate) * up`, element by element.

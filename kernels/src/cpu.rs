@@ -163,6 +163,17 @@ pub(crate) fn outputs(a: &[usize], b: &[usize], fill: impl FnOnce(*mut f32, *mut
 /// Changes a tensor in place where it is not shared, else a copy of it.
 pub(crate) fn with_output(tensor: FlexTensor, change: impl FnOnce(*mut f32)) -> FlexTensor {
     let mut tensor = dense(tensor);
+    if !tensor.is_unique() {
+        let source = values(&tensor);
+        return output(&tensor.layout().shape().to_vec(), |out| {
+            let copy = Rows(out);
+            for_chunks(source.len(), |range| {
+                // SAFETY: chunks are disjoint.
+                unsafe { copy.slice(range.start, range.len()) }.copy_from_slice(&source[range]);
+            });
+            change(out);
+        });
+    }
     let start = tensor.layout().contiguous_offsets().unwrap_or((0, 0)).0;
     change(tensor.storage_mut::<f32>()[start..].as_mut_ptr());
     tensor

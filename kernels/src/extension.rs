@@ -1,18 +1,19 @@
 //! The operations that `lowrank` adds to a Burn backend.
 //!
 //! Every method has a default body in plain tensor operations: the reference. `Flex` (the CPU) overrides what our own loops do
-//! faster, `CubeBackend` (GPUs) what `gpu/` has a kernel for; the other operations run as references there, which Burn fuses. `Autodiff` adds the hand-written
-//! backward of each, once for all backends.
+//! faster, `CubeBackend` (GPUs) what `gpu/` has a kernel for; the other operations run as references there, which Burn fuses.
+//! `Autodiff` adds the hand-written backward of each, once for all backends.
 
 use burn::backend::{Backend, ExtensionType, backend_extension, tensor::FloatTensor, tensor::IntTensor};
 
 use burn::tensor::FloatDType;
 
+use crate::attention::AttentionHints;
 use crate::gated::Activation;
 use crate::packed::{Operand, PackedParts};
 use crate::{
-    adamw, attention, cross_entropy, gated, gemm, linear, lowrank_linear, packed, projected_linear, reduce, rms_norm,
-    rotary, stochastic_round,
+    adamw, attention, block_rotation, column_scale, cross_entropy, gated, gemm, linear, lowrank_linear, packed,
+    projected_linear, reduce, rms_norm, rotary, scaled_basis, stochastic_round,
 };
 
 /// An optional float tensor in the signature of an operation.
@@ -37,6 +38,13 @@ impl<B: Backend> Maybe<B> {
             Self::Absent => None,
         }
     }
+}
+
+/// One f32 number for each row of `x`.
+#[cfg(feature = "gpu")]
+fn row_spec(x: &burn_fusion::custom::TensorSpec) -> burn_fusion::custom::TensorSpec {
+    let rows = x.shape[..x.shape.num_dims() - 1].to_vec();
+    burn_fusion::custom::TensorSpec::new(rows.into(), burn::tensor::DType::F32)
 }
 
 /// The backend trait behind the functions of this crate. Shapes and equations are documented there.
@@ -104,11 +112,72 @@ pub trait LowRankOps: Backend {
         up: FloatTensor<Self>,
         scale: f32,
     ) -> FloatTensor<Self> {
-        let w = Operand::Packed(w);
+        let w = Operand::Packed(Box::new(w));
         lowrank_linear::forward::<Self>(x, w, bias.option(), mask.option(), down, up, scale).0
     }
 
-    /// The values of outputs `first..first + rows` of a packed weight, `[rows, d_in]`.
+    /// See [`crate::lowrank_shift`].
+    #[fusion(default)]
+    fn lowrank_shift(
+        x: FloatTensor<Self>,
+        down: FloatTensor<Self>,
+        up: FloatTensor<Self>,
+        scale: f32,
+    ) -> FloatTensor<Self> {
+        lowrank_linear::forward::<Self>(x, Operand::Identity, None, None, down, up, scale).0
+    }
+
+    /// See [`crate::column_scale`]; also returns what the backward needs.
+    #[fusion(default)]
+    fn column_scale(
+        z: FloatTensor<Self>,
+        c: FloatTensor<Self>,
+        #[extension_type] bias: Maybe<Self>,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+        column_scale::reference::<Self>(z, c, bias.option())
+    }
+
+    /// Gradients `(dz, dc)` of [`crate::column_scale`], from what it kept.
+    #[fusion(default)]
+    fn column_scale_backward(
+        kept: FloatTensor<Self>,
+        c: FloatTensor<Self>,
+        dy: FloatTensor<Self>,
+        _has_bias: bool,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+        column_scale::backward_reference::<Self>(kept, c, dy)
+    }
+
+    /// See [`crate::block_rotation`].
+    #[fusion(default)]
+    fn block_rotation(x: FloatTensor<Self>, turn: FloatTensor<Self>) -> FloatTensor<Self> {
+        block_rotation::reference::<Self>(x, turn)
+    }
+
+    /// Gradient of the blocks of [`crate::block_rotation`], `[n, block, block]`.
+    #[fusion(default)]
+    fn block_rotation_gradient(x: FloatTensor<Self>, dy: FloatTensor<Self>, block: usize) -> FloatTensor<Self> {
+        block_rotation::gradient_reference::<Self>(x, dy, block)
+    }
+
+    /// See [`crate::scaled_basis`].
+    #[fusion(default)]
+    fn scaled_basis(a: FloatTensor<Self>, lambda: FloatTensor<Self>, gamma: FloatTensor<Self>) -> FloatTensor<Self> {
+        scaled_basis::reference::<Self>(a, lambda, gamma)
+    }
+
+    /// Gradients `(dlambda, dgamma)` of [`crate::scaled_basis`].
+    #[fusion(default)]
+    fn scaled_basis_backward(
+        a: FloatTensor<Self>,
+        lambda: FloatTensor<Self>,
+        gamma: FloatTensor<Self>,
+        dy: FloatTensor<Self>,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+        scaled_basis::backward_reference::<Self>(a, lambda, gamma, dy)
+    }
+
+    /// The values of rows `first..first + rows` of the flattened matrix of a packed weight.
     #[fusion(default)]
     fn dequantise(
         #[extension_type] w: PackedParts<Self>,
@@ -131,7 +200,23 @@ pub trait LowRankOps: Backend {
         keep: f32,
     ) -> FloatTensor<Self> {
         let offset = projected_linear::Offset::from_options(left.option(), up.option(), keep);
-        projected_linear::forward::<Self>(x, w, bias.option(), offset.as_ref())
+        projected_linear::forward::<Self>(x, Operand::Dense(w), bias.option(), offset.as_ref())
+    }
+
+    /// See [`crate::packed_projected_linear`].
+    #[fusion(default)]
+    fn packed_projected_linear(
+        x: FloatTensor<Self>,
+        #[extension_type] w: PackedParts<Self>,
+        #[extension_type] bias: Maybe<Self>,
+        #[extension_type] left: Maybe<Self>,
+        #[extension_type] _right: Maybe<Self>,
+        #[extension_type] up: Maybe<Self>,
+        keep: f32,
+        _slot: FloatTensor<Self>,
+    ) -> FloatTensor<Self> {
+        let offset = projected_linear::Offset::from_options(left.option(), up.option(), keep);
+        projected_linear::forward::<Self>(x, Operand::Packed(Box::new(w)), bias.option(), offset.as_ref())
     }
 
     /// See [`crate::factored_linear`].
@@ -147,7 +232,23 @@ pub trait LowRankOps: Backend {
         _dy_slot: FloatTensor<Self>,
     ) -> FloatTensor<Self> {
         let offset = projected_linear::Offset::from_options(down.option(), up.option(), keep);
-        projected_linear::forward::<Self>(x, w, bias.option(), offset.as_ref())
+        projected_linear::forward::<Self>(x, Operand::Dense(w), bias.option(), offset.as_ref())
+    }
+
+    /// See [`crate::factored_linear`].
+    #[fusion(default)]
+    fn packed_factored_linear(
+        x: FloatTensor<Self>,
+        #[extension_type] w: PackedParts<Self>,
+        #[extension_type] bias: Maybe<Self>,
+        #[extension_type] down: Maybe<Self>,
+        #[extension_type] up: Maybe<Self>,
+        keep: f32,
+        _x_slot: FloatTensor<Self>,
+        _dy_slot: FloatTensor<Self>,
+    ) -> FloatTensor<Self> {
+        let offset = projected_linear::Offset::from_options(down.option(), up.option(), keep);
+        projected_linear::forward::<Self>(x, Operand::Packed(Box::new(w)), bias.option(), offset.as_ref())
     }
 
     /// See [`crate::rms_norm`].
@@ -175,7 +276,7 @@ pub trait LowRankOps: Backend {
     }
 
     /// See [`crate::attention`]; also returns the log-sum-exp of each row, `[B, Sq, H]` f32.
-    #[fusion(default)]
+    #[fusion(meta = |q, _k, _v, _ranges, _scale, _softcap, _hints| (q.clone(), row_spec(q)))]
     fn range_attention(
         q: FloatTensor<Self>,
         k: FloatTensor<Self>,
@@ -183,12 +284,13 @@ pub trait LowRankOps: Backend {
         ranges: IntTensor<Self>,
         scale: f32,
         softcap: f32,
+        _hints: AttentionHints,
     ) -> (FloatTensor<Self>, FloatTensor<Self>) {
         attention::reference::<Self>(q, k, v, ranges, scale, softcap)
     }
 
     /// Gradients `(dq, dk, dv)` of [`crate::attention`] from its output and log-sum-exp.
-    #[fusion(default)]
+    #[fusion(meta = |q, k, v, _out, _lse, _d_out, _ranges, _scale, _softcap, _hints| (q.clone(), k.clone(), v.clone()))]
     fn range_attention_backward(
         q: FloatTensor<Self>,
         k: FloatTensor<Self>,
@@ -199,6 +301,7 @@ pub trait LowRankOps: Backend {
         ranges: IntTensor<Self>,
         scale: f32,
         softcap: f32,
+        _hints: AttentionHints,
     ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
         attention::backward_reference::<Self>(q, k, v, out, lse, d_out, ranges, scale, softcap)
     }
@@ -281,6 +384,24 @@ mod flex {
         fn dequantise(w: PackedParts<Self>, first: usize, rows: usize, dtype: FloatDType) -> T {
             packed::cpu::dequantise(w, first, rows, dtype)
         }
+        fn column_scale(z: T, c: T, bias: Maybe<Flex>) -> (T, T) {
+            column_scale::cpu(z, c, bias.option())
+        }
+        fn column_scale_backward(kept: T, c: T, dy: T, has_bias: bool) -> (T, T) {
+            column_scale::backward_cpu(kept, c, dy, has_bias)
+        }
+        fn block_rotation(x: T, turn: T) -> T {
+            block_rotation::cpu(x, turn)
+        }
+        fn block_rotation_gradient(x: T, dy: T, block: usize) -> T {
+            block_rotation::gradient_cpu(x, dy, block)
+        }
+        fn scaled_basis(a: T, lambda: T, gamma: T) -> T {
+            scaled_basis::cpu(a, lambda, gamma)
+        }
+        fn scaled_basis_backward(a: T, lambda: T, gamma: T, dy: T) -> (T, T) {
+            scaled_basis::backward_cpu(a, lambda, gamma, dy)
+        }
         fn rms_norm(x: T, gamma: T, eps: f32, offset: f32) -> T {
             rms_norm::cpu(x, gamma, eps, offset)
         }
@@ -290,8 +411,16 @@ mod flex {
         fn rotary(x: T, cos: T, sin: T, sign: f32) -> T {
             rotary::cpu(x, cos, sin, sign)
         }
-        fn range_attention(q: T, k: T, v: T, ranges: IntTensor<Self>, scale: f32, softcap: f32) -> (T, T) {
-            attention::cpu::forward(q, k, v, ranges, scale, softcap)
+        fn range_attention(
+            q: T,
+            k: T,
+            v: T,
+            ranges: IntTensor<Self>,
+            scale: f32,
+            softcap: f32,
+            hints: AttentionHints,
+        ) -> (T, T) {
+            attention::cpu::forward(q, k, v, ranges, scale, softcap, hints.keys)
         }
         fn range_attention_backward(
             q: T,
@@ -303,6 +432,7 @@ mod flex {
             ranges: IntTensor<Self>,
             scale: f32,
             softcap: f32,
+            _hints: AttentionHints,
         ) -> (T, T, T) {
             attention::cpu::backward(q, k, v, out, lse, d_out, ranges, scale, softcap)
         }
@@ -360,10 +490,35 @@ mod autodiff {
             scale: f32,
         ) -> FloatTensor<Self> {
             let (constant, trained) = linear::split_bias::<B, C>(bias.option());
-            let (w, mask) = (Operand::Packed(packed::autodiff::inner::<B, C>(w)), mask.option());
+            let (w, mask) = (Operand::Packed(Box::new(packed::autodiff::inner::<B, C>(w))), mask.option());
             let mask = mask.map(|mask| mask.into_primitive());
             let y = lowrank_linear::factors::<B, C>(x, w, constant, mask, down, up, scale);
             linear::add_trained_bias::<B, C>(y, trained)
+        }
+        fn lowrank_shift(
+            x: FloatTensor<Self>,
+            down: FloatTensor<Self>,
+            up: FloatTensor<Self>,
+            scale: f32,
+        ) -> FloatTensor<Self> {
+            lowrank_linear::factors::<B, C>(x, Operand::Identity, None, None, down, up, scale)
+        }
+        fn column_scale(
+            z: FloatTensor<Self>,
+            c: FloatTensor<Self>,
+            bias: Maybe<Self>,
+        ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+            column_scale::autodiff::<B, C>(z, c, bias.option())
+        }
+        fn block_rotation(x: FloatTensor<Self>, turn: FloatTensor<Self>) -> FloatTensor<Self> {
+            block_rotation::autodiff::<B, C>(x, turn)
+        }
+        fn scaled_basis(
+            a: FloatTensor<Self>,
+            lambda: FloatTensor<Self>,
+            gamma: FloatTensor<Self>,
+        ) -> FloatTensor<Self> {
+            scaled_basis::autodiff::<B, C>(a, lambda, gamma)
         }
         fn dequantise(w: PackedParts<Self>, first: usize, rows: usize, dtype: FloatDType) -> FloatTensor<Self> {
             Self::from_inner(B::dequantise(packed::autodiff::inner::<B, C>(w), first, rows, dtype))
@@ -391,6 +546,34 @@ mod autodiff {
             dy_slot: FloatTensor<Self>,
         ) -> FloatTensor<Self> {
             let [bias, down, up] = [bias, down, up].map(Maybe::option);
+            let w = Operand::Dense(w.into_primitive()); // its gradient leaves as two factors, not through its own node
+            projected_linear::factored::<B, C>(x, w, bias, down, up, keep, x_slot, dy_slot)
+        }
+        fn packed_projected_linear(
+            x: FloatTensor<Self>,
+            w: PackedParts<Self>,
+            bias: Maybe<Self>,
+            left: Maybe<Self>,
+            right: Maybe<Self>,
+            up: Maybe<Self>,
+            keep: f32,
+            slot: FloatTensor<Self>,
+        ) -> FloatTensor<Self> {
+            let [bias, left, right, up] = [bias, left, right, up].map(Maybe::option);
+            projected_linear::packed::<B, C>(x, w, bias, left, right, up, keep, slot)
+        }
+        fn packed_factored_linear(
+            x: FloatTensor<Self>,
+            w: PackedParts<Self>,
+            bias: Maybe<Self>,
+            down: Maybe<Self>,
+            up: Maybe<Self>,
+            keep: f32,
+            x_slot: FloatTensor<Self>,
+            dy_slot: FloatTensor<Self>,
+        ) -> FloatTensor<Self> {
+            let [bias, down, up] = [bias, down, up].map(Maybe::option);
+            let w = Operand::Packed(Box::new(packed::autodiff::inner::<B, C>(w)));
             projected_linear::factored::<B, C>(x, w, bias, down, up, keep, x_slot, dy_slot)
         }
         fn rms_norm(x: FloatTensor<Self>, gamma: FloatTensor<Self>, eps: f32, offset: f32) -> FloatTensor<Self> {
@@ -411,8 +594,9 @@ mod autodiff {
             ranges: IntTensor<Self>,
             scale: f32,
             softcap: f32,
+            hints: AttentionHints,
         ) -> (FloatTensor<Self>, FloatTensor<Self>) {
-            attention::autodiff::<B, C>(q, k, v, ranges, scale, softcap)
+            attention::autodiff::<B, C>(q, k, v, ranges, scale, softcap, hints)
         }
         fn gated(gate: FloatTensor<Self>, up: FloatTensor<Self>, activation: Activation) -> FloatTensor<Self> {
             gated::autodiff::<B, C>(gate, up, activation)

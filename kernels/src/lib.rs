@@ -6,7 +6,12 @@
 //! | [`lowrank_linear`] | `x W + b + s (D(x) A) B` | arithmetic | yes | gemm, delta accumulated in place; `W + s A B` for large r |
 //! | both on a [`Packed`] weight | the same, dequantised panel by panel | arithmetic | yes | gemm on a scratch buffer |
 //! | [`projected_linear`] | `x W + b` with `P^T dW Q` as the gradient of W | arithmetic | yes | gemm |
+//! | [`packed_projected_linear`] | the same on codes, with a placeholder for the gradient | arithmetic | yes | gemm |
 //! | [`factored_linear`] | `x W + b` that hands over `x` and `dy` instead of `dW` | arithmetic | yes | gemm |
+//! | [`lowrank_shift`] | `x + s (x A) B` | arithmetic | yes | gemm, accumulated into a copy of x |
+//! | [`column_scale`] | `z * c + b`, c trained | memory | yes | in place |
+//! | [`block_rotation`] | `x + x blockdiag(E)` | arithmetic | yes | gemm on the columns of each block |
+//! | [`scaled_basis`] | one basis under many diagonals | memory | yes | one pass |
 //! | [`rms_norm`] | RMS normalisation | memory | yes | one pass |
 //! | [`rotary`] | rotary embedding | memory | yes | one pass |
 //! | [`attention`] | softmax attention over key ranges | arithmetic | yes | tiles, log-sum-exp saved |
@@ -16,8 +21,9 @@
 //! | [`stochastic_round`] | f32 to 16 bits, mean kept | memory | yes | one pass |
 //! | [`sum_squares`] | for gradient norms | memory | yes | one pass |
 //!
-//! Every operation is a method of [`LowRankOps`] with a default body in plain tensor operations (the reference, used on GPUs) and
-//! a hand-written backward that serves all backends.
+//! Every operation is a method of [`LowRankOps`] with a default body in plain tensor operations (the reference) and a hand-written
+//! backward that serves all backends. On GPUs [`rms_norm`], [`gated`] and [`attention`] have CubeCL kernels (`gpu/`), the other
+//! operations run as references, which Burn fuses.
 
 #[cfg(feature = "flex")]
 mod cpu;
@@ -30,6 +36,8 @@ mod plain;
 
 mod adamw;
 mod attention;
+mod block_rotation;
+mod column_scale;
 mod cross_entropy;
 mod gated;
 mod gemm;
@@ -42,6 +50,7 @@ mod projected_linear;
 mod reduce;
 mod rms_norm;
 mod rotary;
+mod scaled_basis;
 mod stochastic_round;
 mod weight;
 

@@ -1,7 +1,7 @@
-//! Frozen weights that are stored as 4-bit or 8-bit codes, and the linear layer on them.
+//! Weights that are stored as 4-bit or 8-bit codes, and the linear layer on them.
 //!
 //! The `[d_out, d_in]` matrix as it lies on disk is flattened row by row and cut into blocks that share a scale; codes fill i32
-//! words from the lowest bits on, so that they work on every backend.
+//! words from the lowest bits on, so that they work on every backend. With [`Order::Inputs`] it is the `[d_in, d_out]` matrix.
 //!
 //! | format | value of a code q | bits a value |
 //! | --- | --- | --- |
@@ -9,10 +9,11 @@
 //! | the same, nested | `table[q] (map[p] a_p + offset)`: the scale is a code p too | `4 + 8 / block + 32 / (256 block)` |
 //! | [`Format::Int8`], [`Format::Int4`] | `(q - z) a` | `bits + 40 / block` |
 //!
-//! A product never holds the whole weight: a panel of output rows is dequantised into a scratch buffer and used at once.
+//! A product never holds the whole weight: a panel of rows of the flattened matrix S is dequantised into a scratch buffer and
+//! used at once.
 //!
-//! * `y[:, panel] = x W_panel^T + b`, forward
-//! * `dx += dy[:, panel] W_panel`, backward. The codes get no gradient, and x is not saved.
+//! * `y[:, panel] = x S_panel^T + b`: forward where S is `[d_out, d_in]`, backward where it is `[d_in, d_out]`
+//! * `dx += dy[:, panel] S_panel`: the other one. The codes get no gradient, and x is not saved.
 //!
 //! On the CPU a panel has half a million values in f32, whatever the type of x; elsewhere it has up to 2^26 values in the
 //! type of x. Dequantising is bound by memory: 0.5 byte read and 4 written a value, once per product.
@@ -54,6 +55,16 @@ impl Format {
     }
 }
 
+/// Which matrix is flattened.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Order {
+    /// `[d_out, d_in]`, as a weight lies on disk.
+    #[default]
+    Outputs,
+    /// `[d_in, d_out]`, as an optimiser sees it.
+    Inputs,
+}
+
 /// Scales that are codes themselves.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Nested {
@@ -72,6 +83,8 @@ pub struct Layout {
     pub block: usize,
     /// `[d_in, d_out]`.
     pub dims: [usize; 2],
+    /// Which matrix is flattened.
+    pub order: Order,
     /// Where scales are codes too.
     pub nested: Option<Nested>,
 }
@@ -85,6 +98,15 @@ impl Layout {
     /// Whether there are none.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
+    }
+
+    /// Rows and columns of the flattened matrix.
+    pub fn stored(&self) -> [usize; 2] {
+        let [d_in, d_out] = self.dims;
+        match self.order {
+            Order::Outputs => [d_out, d_in],
+            Order::Inputs => [d_in, d_out],
+        }
     }
 
     /// Number of blocks.
@@ -201,17 +223,23 @@ impl Packed {
         4 * (self.codes.dims()[0] + sizes)
     }
 
-    /// All values as a `[d_in, d_out]` view: for merging and starts, never in a training step.
+    /// All values, `[d_in, d_out]`: a view of the flattened matrix. For merging, starts and the update of one layer, never for
+    /// all layers at once.
     pub fn dense(&self, dtype: FloatDType) -> Tensor<2> {
-        self.rows(0..self.layout.dims[1], dtype).transpose()
+        let values = self.rows(0..self.layout.stored()[0], dtype);
+        match self.layout.order {
+            Order::Outputs => values.transpose(),
+            Order::Inputs => values,
+        }
     }
 
-    /// The values of some outputs, `[rows, d_in]`.
+    /// The values of some rows of the flattened matrix: outputs, `[rows, d_in]`, or inputs, `[rows, d_out]`.
     ///
     /// # Panics
-    /// Where there are fewer outputs.
+    /// Where there are fewer rows.
     pub fn rows(&self, rows: Range<usize>, dtype: FloatDType) -> Tensor<2> {
-        assert!(rows.end <= self.layout.dims[1], "outputs {rows:?} of {:?}", self.layout.dims);
+        let stored = self.layout.stored();
+        assert!(rows.end <= stored[0], "rows {rows:?} of {stored:?}");
         Tensor::from_dispatch(Dispatch::dequantise(self.clone().into_parts(), rows.start, rows.len(), dtype))
     }
 
@@ -300,11 +328,13 @@ impl<B: Backend> PackedParts<B> {
     }
 }
 
-/// A weight that gets no gradient, in whatever form it is held.
+/// A weight in whatever form it is held, whose gradient, if any, does not arrive at its own node.
 #[derive(Clone, Debug)]
 pub(crate) enum Operand<B: LowRankOps> {
     /// The values, `[d_in, d_out]`.
     Dense(FloatTensor<B>),
-    /// Codes.
-    Packed(PackedParts<B>),
+    /// Codes; in a box, because the tape keeps one for each layer.
+    Packed(Box<PackedParts<B>>),
+    /// The identity: no product at all.
+    Identity,
 }

@@ -19,6 +19,9 @@
 //! Cost of the weight gradient: `2 t r (m + n)` flops instead of `2 t m n`; nothing of size `m n` exists. `dx = g W^T` as ever.
 //! [`factored`] registers `x` and `g` themselves instead, for a step in which the subspace is chosen anew.
 //!
+//! A weight that is held as codes ([`crate::Packed`]) has no node of its own: its gradient arrives at a placeholder. Forward and
+//! backward then dequantise panel by panel.
+//!
 //! An update that is not yet in the weight is carried as a low-rank offset: the layer acts as `c W + D U` ([`Offset`]), with
 //! `y = c x W + (x D) U` and `dx = c g W^T + (g U^T) D^T`. Where D is P itself, `x P` serves both.
 
@@ -27,10 +30,11 @@ use burn::backend::autodiff::{
     grads::Gradients,
     ops::{Backward, Ops, OpsKind},
 };
-use burn::backend::{Autodiff, TensorMetadata, tensor::FloatTensor};
+use burn::backend::{Autodiff, tensor::FloatTensor};
 
 use crate::extension::{LowRankOps, Maybe};
-use crate::linear::{add_trained_bias, broadcast_rows, split_bias};
+use crate::linear::{add_trained_bias, split_bias};
+use crate::packed::{Operand, PackedParts};
 
 /// The low-rank part of `c W + D U` and the factor c.
 #[derive(Clone, Debug)]
@@ -49,24 +53,21 @@ impl<B: LowRankOps> Offset<B> {
 /// `c x W + (x D) U + b`.
 pub(crate) fn forward<B: LowRankOps>(
     x: FloatTensor<B>,
-    w: FloatTensor<B>,
+    w: Operand<B>,
     bias: Option<FloatTensor<B>>,
     offset: Option<&Offset<B>>,
 ) -> FloatTensor<B> {
-    let Some(Offset { down, up, keep }) = offset else { return B::dense_linear(x, w, Maybe::from_option(bias)) };
+    let Some(Offset { down, up, keep }) = offset else { return w.linear(x, Maybe::from_option(bias)) };
     let thin = B::gemm(x.clone(), down.clone(), Maybe::Absent, 1.0);
-    let bias = bias.map(|bias| broadcast_rows::<B>(bias, x.shape()[0], w.shape()[1]));
-    let y = B::gemm(x, w, Maybe::from_option(bias), *keep);
+    let y = w.scaled(x, bias, *keep);
     B::gemm(thin, up.clone(), Maybe::Given(y), 1.0)
 }
 
 /// `c g W^T + (g U^T) D^T`.
-fn input_gradient<B: LowRankOps>(dy: FloatTensor<B>, w: FloatTensor<B>, offset: Option<Offset<B>>) -> FloatTensor<B> {
-    let Some(Offset { down, up, keep }) = offset else {
-        return B::gemm(dy, B::float_transpose(w), Maybe::Absent, 1.0);
-    };
+fn input_gradient<B: LowRankOps>(dy: FloatTensor<B>, w: Operand<B>, offset: Option<Offset<B>>) -> FloatTensor<B> {
+    let Some(Offset { down, up, keep }) = offset else { return w.input_gradient(dy) };
     let thin = B::gemm(dy.clone(), B::float_transpose(up), Maybe::Absent, 1.0);
-    let dx = B::gemm(dy, B::float_transpose(w), Maybe::Absent, keep);
+    let dx = w.scaled_gradient(dy, keep);
     B::gemm(thin, B::float_transpose(down), Maybe::Given(dx), 1.0)
 }
 
@@ -78,7 +79,7 @@ struct Projected<B: LowRankOps> {
     /// `x P`, or `x` without P; nothing where W is frozen.
     rows: Option<FloatTensor<B>>,
     right: Option<FloatTensor<B>>,
-    w: FloatTensor<B>,
+    w: Operand<B>,
     offset: Option<Offset<B>>,
 }
 
@@ -111,23 +112,52 @@ pub(crate) fn autodiff<B: LowRankOps, C: CheckpointStrategy>(
     up: Option<FloatTensor<Autodiff<B, C>>>,
     keep: f32,
 ) -> FloatTensor<Autodiff<B, C>> {
+    let value = w.clone().into_primitive();
+    projected::<B, C>(x, Operand::Dense(value), w, bias, left, right, up, keep)
+}
+
+/// The same for a weight that is held as codes; its gradient is that of the placeholder.
+pub(crate) fn packed<B: LowRankOps, C: CheckpointStrategy>(
+    x: FloatTensor<Autodiff<B, C>>,
+    w: PackedParts<Autodiff<B, C>>,
+    bias: Option<FloatTensor<Autodiff<B, C>>>,
+    left: Option<FloatTensor<Autodiff<B, C>>>,
+    right: Option<FloatTensor<Autodiff<B, C>>>,
+    up: Option<FloatTensor<Autodiff<B, C>>>,
+    keep: f32,
+    slot: FloatTensor<Autodiff<B, C>>,
+) -> FloatTensor<Autodiff<B, C>> {
+    let w = Operand::Packed(Box::new(crate::packed::autodiff::inner::<B, C>(w)));
+    projected::<B, C>(x, w, slot, bias, left, right, up, keep)
+}
+
+/// The gradient of the weight becomes that of `receiver`.
+fn projected<B: LowRankOps, C: CheckpointStrategy>(
+    x: FloatTensor<Autodiff<B, C>>,
+    w: Operand<B>,
+    receiver: FloatTensor<Autodiff<B, C>>,
+    bias: Option<FloatTensor<Autodiff<B, C>>>,
+    left: Option<FloatTensor<Autodiff<B, C>>>,
+    right: Option<FloatTensor<Autodiff<B, C>>>,
+    up: Option<FloatTensor<Autodiff<B, C>>>,
+    keep: f32,
+) -> FloatTensor<Autodiff<B, C>> {
     let (constant, trained) = split_bias::<B, C>(bias);
     let left = left.map(|left| left.into_primitive());
     let right = right.map(|right| right.into_primitive());
     let offset = Offset::<B>::from_options(left.clone(), up.map(|up| up.into_primitive()), keep);
-    let w_is_trained = w.is_tracked();
+    let w_is_trained = receiver.is_tracked();
+    let (_, w_node) = receiver.into_parts();
     let (x, x_node) = x.into_parts();
-    let (w, w_node) = w.into_parts();
     let y = match ProjectedBackward.prepare::<C>([x_node, w_node]).compute_bound().stateful() {
         OpsKind::Tracked(prep) => {
             let thin = left.map(|left| B::gemm(x.clone(), left, Maybe::Absent, 1.0));
             let y = match (&thin, &offset) {
                 (Some(thin), Some(Offset { up, keep, .. })) => {
-                    let constant = constant.map(|bias| broadcast_rows::<B>(bias, x.shape()[0], w.shape()[1]));
-                    let y = B::gemm(x.clone(), w.clone(), Maybe::from_option(constant), *keep);
+                    let y = w.clone().scaled(x.clone(), constant, *keep);
                     B::gemm(thin.clone(), up.clone(), Maybe::Given(y), 1.0)
                 }
-                _ => B::dense_linear(x.clone(), w.clone(), Maybe::from_option(constant)),
+                _ => w.clone().linear(x.clone(), Maybe::from_option(constant)),
             };
             let rows = w_is_trained.then(|| thin.unwrap_or(x));
             prep.finish(Projected { rows, right, w, offset }, y)
@@ -142,7 +172,7 @@ struct FactoredBackward;
 
 impl<B: LowRankOps> Backward<B, 3> for FactoredBackward {
     /// x, W, offset.
-    type State = (FloatTensor<B>, FloatTensor<B>, Option<Offset<B>>);
+    type State = (FloatTensor<B>, Operand<B>, Option<Offset<B>>);
 
     fn backward(self, ops: Ops<Self::State, 3>, grads: &mut Gradients, _checkpointer: &mut Checkpointer) {
         let [x_node, x_slot, dy_slot] = ops.parents;
@@ -162,7 +192,7 @@ impl<B: LowRankOps> Backward<B, 3> for FactoredBackward {
 
 pub(crate) fn factored<B: LowRankOps, C: CheckpointStrategy>(
     x: FloatTensor<Autodiff<B, C>>,
-    w: FloatTensor<Autodiff<B, C>>,
+    w: Operand<B>,
     bias: Option<FloatTensor<Autodiff<B, C>>>,
     down: Option<FloatTensor<Autodiff<B, C>>>,
     up: Option<FloatTensor<Autodiff<B, C>>>,
@@ -171,7 +201,6 @@ pub(crate) fn factored<B: LowRankOps, C: CheckpointStrategy>(
     dy_slot: FloatTensor<Autodiff<B, C>>,
 ) -> FloatTensor<Autodiff<B, C>> {
     let (constant, trained) = split_bias::<B, C>(bias);
-    let w = w.into_primitive(); // its gradient leaves as two factors, not through its own node
     let [down, up] = [down, up].map(|factor| factor.map(|factor| factor.into_primitive()));
     let offset = Offset::<B>::from_options(down, up, keep);
     let (x, x_node) = x.into_parts();

@@ -5,15 +5,15 @@ use burn::tensor::{Device, FloatDType, Tensor};
 use lowrank_kernels::{Packed, Weight};
 
 use crate::lowrank::cast;
-use crate::quant::Quantisation;
+use crate::quant::{Quantisation, Rounding};
 
 /// W, `[d_in, d_out]`.
 #[allow(clippy::large_enum_variant)] // one per layer
 #[derive(Module, Debug)]
 pub enum Base {
-    /// The values; after loading a view of the `[d_out, d_in]` matrix on disk. The only kind that can be trained.
+    /// The values; after loading a view of the `[d_out, d_in]` matrix on disk.
     Dense(Param<Tensor<2>>),
-    /// Codes; frozen.
+    /// Codes; frozen, or trained by an optimiser that rounds to codes after each step.
     Packed(PackedBase),
 }
 
@@ -29,6 +29,30 @@ pub struct PackedBase {
     /// The type that values have where they are no codes any more.
     #[module(skip)]
     pub dtype: FloatDType,
+    /// Whether an optimiser changes the values.
+    #[module(skip)]
+    pub trained: bool,
+    /// Receives the gradient on the tape, where the weight is trained: codes are no parameter that could.
+    #[module(skip)]
+    pub slot: Option<Tensor<2>>,
+}
+
+impl PackedBase {
+    /// Codes that stay as they are.
+    pub fn frozen(weight: Packed, quantisation: Quantisation, dtype: FloatDType) -> Self {
+        Self { weight, quantisation, dtype, trained: false, slot: None }
+    }
+
+    /// Codes that an optimiser trains, from values in f32 that are rounded to the nearest.
+    pub fn trained(values: Tensor<2>, quantisation: Quantisation, dtype: FloatDType) -> Self {
+        Self { trained: true, ..Self::frozen(quantisation.pack_tensor(values), quantisation, dtype) }
+    }
+
+    /// The same with other values, given in f32 and rounded in this way.
+    #[must_use]
+    pub fn rounded(&self, values: Tensor<2>, rounding: Rounding) -> Self {
+        Self { weight: self.quantisation.pack_rounded(values, rounding), ..self.clone() }
+    }
 }
 
 impl Base {
@@ -42,6 +66,14 @@ impl Base {
         match self {
             Self::Dense(_) => false,
             Self::Packed(_) => true,
+        }
+    }
+
+    /// The codes, where they are trained.
+    pub fn trained_codes(&self) -> Option<&PackedBase> {
+        match self {
+            Self::Packed(base) if base.trained => Some(base),
+            _ => None,
         }
     }
 
@@ -124,7 +156,7 @@ mod tests {
     fn packed(weight: &Tensor<2>) -> Base {
         let quantisation = Quantisation::NF4;
         let weight = quantisation.pack_tensor(weight.clone());
-        Base::Packed(PackedBase { weight, quantisation, dtype: FloatDType::F32 })
+        Base::Packed(PackedBase::frozen(weight, quantisation, FloatDType::F32))
     }
 
     fn error(got: &[f32], want: &[f32]) -> f64 {

@@ -5,8 +5,8 @@
 //! ```text
 //! LoRA:    dW[o, i, h, w] = sum_a B[o, a] A[a, i, h, w]
 //!          conv by A (in -> r), then 1 x 1 by B (r -> out)
-//! Tucker:  dW[i, o, h, w] = sum_abcd G[a, b, c, d] P0[i, a] P1[o, b] P2[h, c] P3[w, d]        (then [out, in, h, w])
-//!          1 x 1 by P0 (in -> r0), conv by K[b, a, h, w] = sum_cd G[a, b, c, d] P2[h, c] P3[w, d], 1 x 1 by P1 (r1 -> out)
+//! Tucker:  dW[o, i, h, w] = sum_abcd G[b, a, c, d] P0[i, a] P1[o, b] P2[h, c] P3[w, d]
+//!          1 x 1 by P0 (in -> r0), conv by K[b, a, h, w] = sum_cd G[b, a, c, d] P2[h, c] P3[w, d], 1 x 1 by P1 (r1 -> out)
 //! ```
 //!
 //! Zero padding commutes with a 1 x 1 convolution without bias, so the second form is exact.
@@ -15,8 +15,10 @@
 //! | --- | --- | --- |
 //! | W | `weight` | `[out, in, kh, kw]` |
 //! | A, B | [`LoraConv`] `down`, `up` | `[r, in, kh, kw]`, `[out, r, 1, 1]` |
-//! | G | [`TuckerConv`] `core` | `[r0, r1, r2, r3]` |
-//! | P0, P1, P2, P3 | `inputs`, `outputs`, `rows`, `columns` | `[in, r0]`, `[out, r1]`, `[kh, r2]`, `[kw, r3]` |
+//! | G | [`TuckerConv`] `core` | `[r1, r0, r2, r3]` |
+//! | P0 (transposed), P1, P2, P3 | `down`, `up`, `rows`, `columns` | `[r0, in]`, `[out, r1]`, `[kh, r2]`, `[kw, r3]` |
+//!
+//! Every part lies as in the files of adapters: outputs before inputs, as in torch.
 //!
 //! | | trained values | flops of a position, beside the base |
 //! | --- | --- | --- |
@@ -25,13 +27,15 @@
 //!
 //! Starts: B = 0 and A as a linear LoRA's (Kaiming uniform, fan-in `in kh kw`); `G = 0` and `P_i ~ N(0, 0.5 / r_i)`. The first
 //! output is the base's to the bit. The references of Tucker form dW in every step and fail with groups; adapters here take
-//! convolutions of one group and refuse others.
+//! convolutions of one group and refuse others. Ranks of rows and columns end at the size of the kernel, so that one setting
+//! serves kernels of several sizes. LoRA is that of PEFT, which forgets the dilation of the base; here A has it.
 
 use burn::module::{Module, Param};
 use burn::tensor::module::conv2d;
 use burn::tensor::ops::ConvOptions;
 use burn::tensor::{Distribution, FloatDType, Tensor};
 
+use crate::adapters::lora::LoraInit;
 use crate::adapters::{StartError, tucker};
 use crate::lowrank::cast;
 use crate::random::Stream;
@@ -87,12 +91,12 @@ pub struct LoraConv {
 /// A Tucker core on a convolution.
 #[derive(Module, Debug)]
 pub struct TuckerConv {
-    /// G, `[r0, r1, r2, r3]`.
+    /// P0, `[r0, in]`.
+    pub down: Param<Tensor<2>>,
+    /// G, `[r1, r0, r2, r3]`.
     pub core: Param<Tensor<4>>,
-    /// P0, `[in, r0]`.
-    pub inputs: Param<Tensor<2>>,
     /// P1, `[out, r1]`.
-    pub outputs: Param<Tensor<2>>,
+    pub up: Param<Tensor<2>>,
     /// P2, `[kh, r2]`.
     pub rows: Param<Tensor<2>>,
     /// P3, `[kw, r3]`.
@@ -114,12 +118,14 @@ pub struct LoraConvSettings {
     pub scale: f32,
     /// Dropout of the delta's input.
     pub dropout: f64,
+    /// How A starts.
+    pub init: LoraInit,
 }
 
 /// A Tucker core of a convolution, as settings.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct TuckerConvSettings {
-    /// Ranks of inputs, outputs, rows and columns.
+    /// Ranks of inputs, outputs, rows and columns; the last two at most as large as the kernel.
     pub ranks: [usize; 4],
     /// s.
     pub scale: f32,
@@ -171,8 +177,11 @@ impl ConvProjection {
             return Err(StartError::ZeroRank { method: "lora", module: module.to_owned(), name: "r" });
         }
         let device = self.weight.device();
-        let fan = d_in * kh * kw;
-        let down = Stream::new(seed, module).uniform_tensor(r, fan, 1.0 / (fan as f64).sqrt(), &device);
+        let (fan, stream) = (d_in * kh * kw, Stream::new(seed, module));
+        let down = match settings.init {
+            LoraInit::KaimingUniform => stream.uniform_tensor(r, fan, 1.0 / (fan as f64).sqrt(), &device),
+            LoraInit::Gaussian => stream.normal_tensor(r, fan, 1.0 / r as f64, &device),
+        };
         self.delta = Some(ConvDelta::Lora(LoraConv {
             down: Param::from_tensor(down.reshape([r, d_in, kh, kw])),
             up: Param::from_tensor(Tensor::zeros([d_out, r, 1, 1], &device)),
@@ -188,18 +197,23 @@ impl ConvProjection {
     /// The convolution has groups, or a rank is 0.
     pub fn attach_tucker(&mut self, settings: TuckerConvSettings, module: &str, seed: u64) -> Result<(), StartError> {
         let [d_out, d_in, kh, kw] = self.adaptable("tucker", module)?;
-        let ranks = settings.ranks;
         let names = ["r_in", "r_out", "r_rows", "r_columns"];
-        tucker::check_ranks(module, &[0, 1, 2, 3].map(|axis| (names[axis], ranks[axis])))?;
+        tucker::check_ranks(module, &[0, 1, 2, 3].map(|axis| (names[axis], settings.ranks[axis])))?;
         let device = self.weight.device();
-        let sizes = [d_in, d_out, kh, kw];
-        let [inputs, outputs, rows, columns] = [0, 1, 2, 3].map(|axis: usize| {
+        let [r0, r1, r2, r3] = settings.ranks_on([kh, kw]);
+        let factor = |axis: usize, [rows, cols]: [usize; 2], r: usize| {
             let stream = Stream::new(seed, &format!("{module}.tucker.{axis}"));
-            Param::from_tensor(stream.normal_tensor(sizes[axis], ranks[axis], tucker::deviation(ranks[axis]), &device))
-        });
-        let core = Param::from_tensor(Tensor::zeros(ranks, &device));
-        let TuckerConvSettings { scale, dropout, .. } = settings;
-        self.delta = Some(ConvDelta::Tucker(TuckerConv { core, inputs, outputs, rows, columns, scale, dropout }));
+            Param::from_tensor(stream.normal_tensor(rows, cols, tucker::deviation(r), &device))
+        };
+        self.delta = Some(ConvDelta::Tucker(TuckerConv {
+            down: factor(0, [r0, d_in], r0),
+            core: Param::from_tensor(Tensor::zeros([r1, r0, r2, r3], &device)),
+            up: factor(1, [d_out, r1], r1),
+            rows: factor(2, [kh, r2], r2),
+            columns: factor(3, [kw, r3], r3),
+            scale: settings.scale,
+            dropout: settings.dropout,
+        }));
         Ok(())
     }
 
@@ -265,10 +279,10 @@ impl ConvDelta {
             Self::Tucker(tucker) => {
                 let (_, kernel, _) = tucker.kernels();
                 let [r1, r0, kh, kw] = kernel.dims();
-                let (p0, p1) = (tucker.inputs.val(), tucker.outputs.val());
-                let ([d_in, _], [d_out, _]) = (p0.dims(), p1.dims());
+                let (p0, p1) = (tucker.down.val(), tucker.up.val());
+                let ([_, d_in], [d_out, _]) = (p0.dims(), p1.dims());
                 let wide = p1.matmul(kernel.reshape([r1, r0 * kh * kw])).reshape([d_out, r0, kh * kw]);
-                let full = p0.reshape([1, d_in, r0]).matmul(wide);
+                let full = p0.transpose().reshape([1, d_in, r0]).matmul(wide);
                 full.reshape([d_out, d_in, kh, kw]) * tucker.scale
             }
         }
@@ -281,6 +295,14 @@ impl ConvDelta {
             Self::Tucker(tucker) => tucker.dropout,
         }
     }
+
+    /// Changes the dropout.
+    pub fn set_dropout(&mut self, dropout: f64) {
+        match self {
+            Self::Lora(lora) => lora.dropout = dropout,
+            Self::Tucker(tucker) => tucker.dropout = dropout,
+        }
+    }
 }
 
 impl LoraConvSettings {
@@ -291,6 +313,12 @@ impl LoraConvSettings {
 }
 
 impl TuckerConvSettings {
+    /// The ranks on a kernel of this height and width.
+    fn ranks_on(&self, [kh, kw]: [usize; 2]) -> [usize; 4] {
+        let [r0, r1, r2, r3] = self.ranks;
+        [r0, r1, r2.min(kh), r3.min(kw)]
+    }
+
     /// Trained values on a `[out, in, kh, kw]` kernel.
     ///
     /// ```
@@ -298,7 +326,7 @@ impl TuckerConvSettings {
     /// assert_eq!(TuckerConvSettings::default().parameters([128, 64, 3, 3]), 4108);
     /// ```
     pub fn parameters(&self, [d_out, d_in, kh, kw]: [usize; 4]) -> usize {
-        let [r0, r1, r2, r3] = self.ranks;
+        let [r0, r1, r2, r3] = self.ranks_on([kh, kw]);
         r0 * r1 * r2 * r3 + d_in * r0 + d_out * r1 + kh * r2 + kw * r3
     }
 }
@@ -306,223 +334,16 @@ impl TuckerConvSettings {
 impl TuckerConv {
     /// The three kernels: `P0^T [r0, in, 1, 1]`, `K [r1, r0, kh, kw]`, `P1 [out, r1, 1, 1]`.
     fn kernels(&self) -> (Tensor<4>, Tensor<4>, Tensor<4>) {
-        let [r0, r1, r2, r3] = self.core.dims();
-        let ([d_in, _], [d_out, _]) = (self.inputs.dims(), self.outputs.dims());
+        let [r1, r0, r2, r3] = self.core.dims();
+        let ([_, d_in], [d_out, _]) = (self.down.dims(), self.up.dims());
         let ([kh, _], [kw, _]) = (self.rows.dims(), self.columns.dims());
-        let wide = self.core.val().reshape([r0 * r1 * r2, r3]).matmul(self.columns.val().transpose());
-        let tall = wide.reshape([r0 * r1, r2, kw]).swap_dims(1, 2).reshape([r0 * r1 * kw, r2]);
-        let kernel = tall.matmul(self.rows.val().transpose()).reshape([r0, r1, kw, kh]).permute([1, 0, 3, 2]);
-        let first = self.inputs.val().transpose().reshape([r0, d_in, 1, 1]);
-        (first, kernel, self.outputs.val().reshape([d_out, r1, 1, 1]))
+        let wide = self.core.val().reshape([r1 * r0 * r2, r3]).matmul(self.columns.val().transpose());
+        let tall = wide.reshape([r1 * r0, r2, kw]).swap_dims(1, 2).reshape([r1 * r0 * kw, r2]);
+        let kernel = tall.matmul(self.rows.val().transpose()).reshape([r1, r0, kw, kh]).swap_dims(2, 3);
+        let first = self.down.val().reshape([r0, d_in, 1, 1]);
+        (first, kernel, self.up.val().reshape([d_out, r1, 1, 1]))
     }
 }
 
 #[cfg(test)]
-mod tests {
-    #![allow(clippy::unwrap_used)]
-    use burn::tensor::Device;
-
-    use super::*;
-    use crate::adapters::checks::{assert_close, check_gradient, host, normal, trained_values};
-
-    const LORA: LoraConvSettings = LoraConvSettings { r: 3, scale: 1.5, dropout: 0.0 };
-    const TUCKER: TuckerConvSettings = TuckerConvSettings { ranks: [3, 2, 2, 1], scale: 4.0, dropout: 0.0 };
-
-    fn random(name: &str, dims: [usize; 4]) -> Tensor<4> {
-        normal(name, 1, dims.iter().product()).reshape(dims)
-    }
-
-    /// Kernels of 3 x 2, with every combination of geometries.
-    fn bases() -> Vec<ConvProjection> {
-        let bias: Tensor<1> = Tensor::from_floats([0.1, -0.2, 0.3, 0.4, -0.5], &Device::flex());
-        let base = || ConvProjection::frozen(random("w", [5, 4, 3, 2]), Some(bias.clone()));
-        vec![
-            base(),
-            ConvProjection { stride: [2, 1], ..base() },
-            ConvProjection { padding: [1, 2], ..base() },
-            ConvProjection { dilation: [2, 3], ..base() },
-            ConvProjection { stride: [2, 2], padding: [1, 1], dilation: [2, 1], ..base() },
-        ]
-    }
-
-    fn moved(mut conv: ConvProjection) -> ConvProjection {
-        conv.delta = Some(match conv.delta.take().unwrap() {
-            ConvDelta::Lora(lora) => {
-                let up = random("up", lora.up.dims());
-                ConvDelta::Lora(LoraConv { up: lora.up.map(|_| up), ..lora })
-            }
-            ConvDelta::Tucker(tucker) => {
-                let core = random("core", tucker.core.dims());
-                ConvDelta::Tucker(TuckerConv { core: tucker.core.map(|_| core), ..tucker })
-            }
-        });
-        conv
-    }
-
-    fn attached(mut conv: ConvProjection, is_tucker: bool) -> ConvProjection {
-        if is_tucker {
-            conv.attach_tucker(TUCKER, "layer", 1).unwrap();
-            assert_eq!(trained_values(&conv), TUCKER.parameters([5, 4, 3, 2]));
-        } else {
-            conv.attach_lora(LORA, "layer", 1).unwrap();
-            assert_eq!(trained_values(&conv), LORA.parameters([5, 4, 3, 2]));
-        }
-        conv
-    }
-
-    #[test]
-    fn starts_as_the_base_and_cheap_forms_equal_the_merged_kernel() {
-        let x = random("x", [2, 4, 9, 8]);
-        for base in bases() {
-            let plain = base.forward(x.clone(), true);
-            for is_tucker in [false, true] {
-                let conv = attached(base.clone(), is_tucker);
-                assert_close(conv.forward(x.clone(), true), plain.clone(), 0.0);
-                let conv = moved(conv);
-                let y = conv.forward(x.clone(), false);
-                let mut merged = conv;
-                merged.merge();
-                assert!(merged.delta.is_none());
-                assert_close(merged.forward(x.clone(), false), y.clone(), 2e-6);
-                let distance = host((y - plain.clone()).abs().max().reshape([1, 1]))[0];
-                assert!(distance > 0.1);
-            }
-        }
-    }
-
-    #[test]
-    fn the_tucker_kernel_is_its_sum() {
-        let conv = moved(attached(bases().remove(0), true));
-        let Some(ConvDelta::Tucker(tucker)) = &conv.delta else { unreachable!() };
-        let flat = |t: Tensor<4>| {
-            let n = t.shape().num_elements();
-            host(t.reshape([1, n]))
-        };
-        let [r0, r1, r2, r3] = tucker.core.dims();
-        let core = flat(tucker.core.val());
-        let [p0, p1, p2, p3] = [&tucker.inputs, &tucker.outputs, &tucker.rows, &tucker.columns].map(|p| host(p.val()));
-        let mut want = vec![];
-        for at in 0..5 * 4 * 3 * 2 {
-            let (o, i, h, w) = (at / 24, at / 6 % 4, at / 2 % 3, at % 2);
-            let mut sum = 0.0f64;
-            for (index, &value) in core.iter().enumerate() {
-                let (a, b, c, d) = (index / (r1 * r2 * r3), index / (r2 * r3) % r1, index / r3 % r2, index % r3);
-                let factors = [value, p0[i * r0 + a], p1[o * r1 + b], p2[h * r2 + c], p3[w * r3 + d]];
-                sum += factors.into_iter().map(f64::from).product::<f64>();
-            }
-            want.push((4.0 * sum) as f32);
-        }
-        let want = Tensor::<1>::from_data(want.as_slice(), &Device::flex()).reshape([5, 4, 3, 2]);
-        assert_close(conv.delta.unwrap().delta(), want, 2e-6);
-    }
-
-    fn tucker_with(mut conv: ConvProjection, change: impl FnOnce(TuckerConv) -> TuckerConv) -> ConvProjection {
-        conv.delta = conv.delta.map(|delta| match delta {
-            ConvDelta::Tucker(tucker) => ConvDelta::Tucker(change(tucker)),
-            ConvDelta::Lora(_) => unreachable!(),
-        });
-        conv
-    }
-
-    fn tucker_of(conv: &ConvProjection) -> TuckerConv {
-        match &conv.delta {
-            Some(ConvDelta::Tucker(tucker)) => tucker.clone(),
-            _ => unreachable!(),
-        }
-    }
-
-    fn lora_of(conv: &ConvProjection) -> LoraConv {
-        match &conv.delta {
-            Some(ConvDelta::Lora(lora)) => lora.clone(),
-            _ => unreachable!(),
-        }
-    }
-
-    fn lora_with(conv: ConvProjection, change: impl FnOnce(LoraConv) -> LoraConv) -> ConvProjection {
-        let lora = change(lora_of(&conv));
-        ConvProjection { delta: Some(ConvDelta::Lora(lora)), ..conv }
-    }
-
-    #[test]
-    fn gradients_agree_with_differences_and_the_base_has_none() {
-        let x = random("x", [2, 4, 7, 6]);
-        let run = |conv: &ConvProjection| conv.forward(x.clone(), false);
-        let base = bases().remove(4);
-        let lora = moved(attached(base.clone(), false));
-        check_gradient(
-            &lora,
-            run,
-            |c| lora_of(c).down,
-            |c, v| lora_with(c, |l| LoraConv { down: l.down.map(|_| v), ..l }),
-        );
-        check_gradient(&lora, run, |c| lora_of(c).up, |c, v| lora_with(c, |l| LoraConv { up: l.up.map(|_| v), ..l }));
-        let tucker = moved(attached(base, true));
-        check_gradient(
-            &tucker,
-            run,
-            |c| tucker_of(c).core,
-            |c, v| tucker_with(c, |t| TuckerConv { core: t.core.map(|_| v), ..t }),
-        );
-        check_gradient(
-            &tucker,
-            run,
-            |c| tucker_of(c).inputs,
-            |c, v| tucker_with(c, |t| TuckerConv { inputs: t.inputs.map(|_| v), ..t }),
-        );
-        check_gradient(
-            &tucker,
-            run,
-            |c| tucker_of(c).outputs,
-            |c, v| tucker_with(c, |t| TuckerConv { outputs: t.outputs.map(|_| v), ..t }),
-        );
-        check_gradient(
-            &tucker,
-            run,
-            |c| tucker_of(c).rows,
-            |c, v| tucker_with(c, |t| TuckerConv { rows: t.rows.map(|_| v), ..t }),
-        );
-        check_gradient(
-            &tucker,
-            run,
-            |c| tucker_of(c).columns,
-            |c, v| tucker_with(c, |t| TuckerConv { columns: t.columns.map(|_| v), ..t }),
-        );
-        for conv in [lora, tucker] {
-            let lifted = conv.train();
-            let gradients = lifted.forward(x.clone(), false).sum().backward();
-            assert!(lifted.weight.val().grad(&gradients).is_none());
-            assert!(lifted.bias.unwrap().val().grad(&gradients).is_none());
-        }
-    }
-
-    #[test]
-    fn dropout_is_of_the_deltas_input_alone() {
-        let x = random("x", [2, 4, 9, 8]);
-        for is_tucker in [false, true] {
-            let base = bases().remove(0);
-            let mut conv = moved(attached(base.clone(), is_tucker));
-            match conv.delta.as_mut().unwrap() {
-                ConvDelta::Lora(lora) => lora.dropout = 1.0,
-                ConvDelta::Tucker(tucker) => tucker.dropout = 1.0,
-            }
-            assert_close(conv.forward(x.clone(), true), base.forward(x.clone(), true), 0.0);
-            let full = conv.forward(x.clone(), false);
-            assert!(host((full - base.forward(x.clone(), true)).abs().max().reshape([1, 1]))[0] > 0.1);
-        }
-    }
-
-    #[test]
-    fn groups_and_empty_ranks_are_refused() {
-        let mut conv = ConvProjection { groups: 2, ..ConvProjection::frozen(random("w", [4, 2, 3, 3]), None) };
-        let error = conv.attach_lora(LORA, "stem.conv", 1).unwrap_err();
-        assert_eq!(
-            error.to_string(),
-            "stem.conv: lora cannot adapt a convolution of 2 groups, only of 1; exclude the module"
-        );
-        assert_eq!(conv.forward(random("x", [1, 4, 5, 5]), false).dims(), [1, 4, 3, 3]); // the base itself has groups
-        let mut conv = ConvProjection::frozen(random("w", [4, 2, 3, 3]), None);
-        let settings = TuckerConvSettings { ranks: [2, 2, 0, 1], ..TUCKER };
-        let error = conv.attach_tucker(settings, "stem", 1).unwrap_err();
-        assert_eq!(error.to_string(), "stem: r_rows of tucker is 0, expected at least 1");
-    }
-}
+mod tests;

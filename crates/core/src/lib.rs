@@ -23,6 +23,8 @@ pub mod calibration;
 pub mod conv;
 pub mod delta;
 pub mod diagnostics;
+pub mod directions;
+pub mod layer;
 pub mod linalg;
 pub mod lowrank;
 pub mod optim;
@@ -32,5 +34,7 @@ pub mod random;
 
 pub use base::Base;
 pub use delta::Delta;
+pub use directions::Directions;
+pub use layer::{Layer, Sizes};
 pub use lowrank::LowRank;
 pub use projection::Projection;

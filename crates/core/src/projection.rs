@@ -2,7 +2,7 @@
 //!
 //! | part | choices |
 //! | --- | --- |
-//! | base | [`Base`]: dense (f32, bf16 or f16), or packed codes (frozen) |
+//! | base | [`Base`]: dense (f32, bf16 or f16), or packed codes (frozen, or trained by an optimiser that rounds) |
 //! | delta | none, or [`Delta`] |
 //! | gradient | none (frozen), full `dW`, projected `P^T dW Q`, or the factors of `dW` ([`Gradient`]) |
 //!
@@ -12,8 +12,9 @@ use burn::module::{Module, Param};
 use burn::tensor::{FloatDType, Gradients, Tensor};
 use lowrank_kernels::{self as kernels, Weight};
 
-use crate::base::Base;
+use crate::base::{Base, PackedBase};
 use crate::delta::Delta;
+use crate::directions::Directions;
 use crate::lowrank::cast;
 
 /// What the backward pass makes of the gradient of a trained W. Low-rank optimisers say before each step what they want.
@@ -23,12 +24,12 @@ pub enum Gradient {
     /// `dW = x^T dy`, `[d_in, d_out]`.
     #[default]
     Full,
-    /// `left^T dW right`, formed without `dW`; it arrives as the gradient of W.
+    /// `left^T dW right`, formed without `dW`; it arrives as the gradient of W, or of its placeholder where W is codes.
     Projected {
         /// P, `[d_in, r]`.
-        left: Option<Tensor<2>>,
+        left: Option<Directions>,
         /// Q, `[d_out, r]`.
-        right: Option<Tensor<2>>,
+        right: Option<Directions>,
         /// B, `[r, d_out]`, and c: the layer acts as `c W + P B`, an update that is not yet in W.
         pending: Option<(Tensor<2>, f32)>,
     },
@@ -103,16 +104,17 @@ impl Projection {
         if let Some(delta) = &self.delta {
             return delta.forward(x, weight, bias, training);
         }
-        let weight = match weight {
-            Weight::Dense(weight) => weight,
-            packed @ Weight::Packed(_) => return kernels::linear(x, packed, bias), // frozen: nothing is collected
-        };
         match &self.gradient {
+            Gradient::Full if matches!(weight, Weight::Packed(_)) && self.is_collecting() => {
+                self.projected(x, weight, bias, [None, None], None)
+            }
+            // Bases are of no use then, and those that are held as codes are left alone.
+            Gradient::Projected { pending: None, .. } if !self.is_collecting() => kernels::linear(x, weight, bias),
             Gradient::Full => kernels::linear(x, weight, bias),
             Gradient::Projected { left, right, pending } => {
-                let [left, right] = [left, right].map(|basis| basis.clone().map(|basis| cast(basis, dtype)));
+                let bases = [left, right].map(|basis| basis.as_ref().map(|basis| basis.values(dtype)));
                 let pending = pending.clone().map(|(up, keep)| (cast(up, dtype), keep));
-                kernels::projected_linear(x, weight, bias, left, right, pending)
+                self.projected(x, weight, bias, bases, pending)
             }
             Gradient::Factors { offset, slots } => {
                 let offset = offset.clone().map(|offset| kernels::Offset {
@@ -126,20 +128,56 @@ impl Projection {
                     }
                     (None, None) => kernels::linear(x, weight, bias),
                     (None, Some(kernels::Offset { down, up, keep })) => {
-                        kernels::projected_linear(x, weight, bias, Some(down), None, Some((up, keep)))
+                        self.projected(x, weight, bias, [Some(down), None], Some((up, keep)))
                     }
                 }
             }
         }
     }
 
-    /// Makes the placeholders of [`Gradient::Factors`] on a projection that was lifted onto the tape.
+    /// Whether W is on the tape, itself or by its placeholder.
+    fn is_collecting(&self) -> bool {
+        match &self.weight {
+            Base::Dense(weight) => weight.val().is_require_grad(),
+            Base::Packed(base) => base.slot.is_some(),
+        }
+    }
+
+    fn projected(
+        &self,
+        x: Tensor<2>,
+        weight: Weight,
+        bias: Option<Tensor<1>>,
+        [left, right]: [Option<Tensor<2>>; 2],
+        pending: Option<(Tensor<2>, f32)>,
+    ) -> Tensor<2> {
+        match (weight, &self.weight) {
+            (Weight::Packed(weight), Base::Packed(PackedBase { slot: Some(slot), .. })) => {
+                kernels::packed_projected_linear(x, weight, bias, left, right, pending, slot.clone())
+            }
+            (Weight::Packed(weight), _) => {
+                let nowhere = Tensor::zeros([1, 1], &x.device());
+                kernels::packed_projected_linear(x, weight, bias, left, right, pending, nowhere)
+            }
+            (Weight::Dense(weight), _) => kernels::projected_linear(x, weight, bias, left, right, pending),
+        }
+    }
+
+    /// Makes the placeholders of [`Gradient::Factors`], or that of trained codes, on a projection that was lifted onto the tape.
     pub fn lift_slots(&mut self) {
         let device = self.device().inner();
-        if let Gradient::Factors { slots, .. } = &mut self.gradient {
-            let slot = || Tensor::from_inner(Tensor::<2>::zeros([1, 1], &device)).require_grad();
-            *slots = Some(Slots { x: slot(), dy: slot() });
+        let slot = || Tensor::from_inner(Tensor::<2>::zeros([1, 1], &device)).require_grad();
+        match (&mut self.gradient, &mut self.weight) {
+            (Gradient::Factors { slots, .. }, _) => *slots = Some(Slots { x: slot(), dy: slot() }),
+            (_, Base::Packed(base)) if base.trained => base.slot = Some(slot()),
+            _ => {}
         }
+    }
+
+    /// The gradient of trained codes after the backward pass, in f32: whole, or projected where that was asked for.
+    pub fn take_gradient(&self, gradients: &mut Gradients) -> Option<Tensor<2>> {
+        let slot = self.weight.trained_codes()?.slot.as_ref()?;
+        Some(cast(slot.grad_remove(gradients)?, FloatDType::F32))
     }
 
     /// x and dy after the backward pass, in f32, where the projection hands over factors.

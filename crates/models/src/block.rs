@@ -136,7 +136,9 @@ impl Attention {
             None => (k, v),
         };
         let softcap = config.attention_softcap.unwrap_or(0.0);
-        let out = kernels::attention(q, k, v, inputs.range(layer.window), config.attention_scale, softcap);
+        let hints = kernels::AttentionHints { keys: inputs.known_keys(layer.window), ..Default::default() };
+        let ranges = inputs.range(layer.window);
+        let (out, _) = kernels::attention_with(q, k, v, ranges, config.attention_scale, softcap, hints);
         self.o_proj.forward(out.reshape([rows * cols, h * d]), training)
     }
 }

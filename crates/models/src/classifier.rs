@@ -15,7 +15,6 @@ use std::sync::Arc;
 
 use burn::tensor::{Device, FloatDType, Tensor};
 use lowrank_core::Projection;
-use lowrank_core::conv::ConvProjection;
 
 pub use batch::{ClassifierBatch, ClassifierInputs, Input, Labels};
 pub use config::{ClassifierConfig, Trunk};
@@ -116,20 +115,6 @@ impl Classifier {
     pub fn set_labels(&mut self, labels: Vec<String>) {
         assert_eq!(labels.len(), self.num_labels(), "one name for each class");
         Arc::make_mut(&mut self.config).labels = labels;
-    }
-
-    /// Calls `change` for every convolution with its full name, in model order.
-    pub fn for_each_convolution(&mut self, change: &mut dyn FnMut(&str, &mut ConvProjection)) {
-        for (segment, stem) in self.stem.iter_mut() {
-            if let Stem::Conv(stem) = stem {
-                stem.convolutions.iter_mut().for_each(|(name, conv)| change(&format!("{segment}.{name}"), conv));
-            }
-        }
-        for (segment, block) in self.blocks.iter_mut() {
-            if let Block::Residual(block) = block {
-                block.convolutions.iter_mut().for_each(|(name, conv)| change(&format!("{segment}.{name}"), conv));
-            }
-        }
     }
 
     /// Values of the checkpoint that are no parameters, with their names: the statistics of batch norms.

@@ -169,7 +169,7 @@ impl DecoderConfig {
         let value: Value =
             serde_json::from_str(text).map_err(|source| ConfigError::Json { origin: origin.to_path_buf(), source })?;
         let keys = Keys::of_file(&value, origin)?;
-        let (family, architecture) = find_family(&keys)?;
+        let (family, architecture) = find_row(&keys, registry(), |row| (row.model_type, row.architectures))?;
         if !keys.is_absent_or_null("quantization_config") {
             return Err(keys.unsupported(
                 "quantization_config",
@@ -182,29 +182,39 @@ impl DecoderConfig {
     }
 }
 
+/// Value of `model_type` and accepted values of `architectures[0]` of a row of a registry.
+pub(crate) type RowNames = (&'static str, &'static [&'static str]);
+
 /// The row for `model_type` and `architectures`, and the architecture's name.
-fn find_family(keys: &Keys<'_>) -> Result<(&'static Family, String), ConfigError> {
+pub(crate) fn find_row<R>(
+    keys: &Keys<'_>,
+    rows: &'static [R],
+    names: fn(&R) -> RowNames,
+) -> Result<(&'static R, String), ConfigError> {
     let model_type = keys.text("model_type")?;
     let architecture = keys.first_text("architectures")?;
-    let found = registry().iter().find(|row| match (model_type, architecture) {
-        (Some(model_type), Some(name)) => row.model_type == model_type && row.architectures.contains(&name),
-        (Some(model_type), None) => row.model_type == model_type,
-        (None, Some(name)) => row.architectures.contains(&name),
-        (None, None) => false,
+    let found = rows.iter().map(|row| (row, names(row))).find(|(_, (of_row, architectures))| {
+        match (model_type, architecture) {
+            (Some(model_type), Some(name)) => *of_row == model_type && architectures.contains(&name),
+            (Some(model_type), None) => *of_row == model_type,
+            (None, Some(name)) => architectures.contains(&name),
+            (None, None) => false,
+        }
     });
     match found {
-        Some(row) => Ok((row, architecture.unwrap_or(row.architectures[0]).to_string())),
+        Some((row, (_, architectures))) => Ok((row, architecture.unwrap_or(architectures[0]).to_string())),
         None => Err(ConfigError::UnknownArchitecture {
             origin: keys.origin(),
             architecture: architecture.map(str::to_string),
             model_type: model_type.map(str::to_string),
-            known: known_architectures(),
+            known: known_architectures(rows.iter().map(names)),
         }),
     }
 }
 
-/// One line per row of [`registry`], for error messages.
-fn known_architectures() -> String {
-    let line = |row: &Family| format!("  {} (model_type {})", row.architectures.join(" or "), row.model_type);
-    registry().iter().map(line).collect::<Vec<_>>().join("\n")
+/// One line per row of a registry, for error messages.
+fn known_architectures(rows: impl Iterator<Item = RowNames>) -> String {
+    let line =
+        |(model_type, architectures): RowNames| format!("  {} (model_type {model_type})", architectures.join(" or "));
+    rows.map(line).collect::<Vec<_>>().join("\n")
 }

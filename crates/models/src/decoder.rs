@@ -8,7 +8,7 @@ use std::sync::Arc;
 use burn::module::{Module, Param};
 use burn::tensor::{Device, FloatDType, Gradients, Tensor};
 use lowrank_core::lowrank::cast;
-use lowrank_core::{LowRank, Projection};
+use lowrank_core::{Layer, LowRank, Projection};
 use lowrank_kernels as kernels;
 
 use crate::batch::Batch;
@@ -264,14 +264,14 @@ impl Network for Decoder {
         }
     }
 
-    fn for_each_projection(&mut self, change: &mut dyn FnMut(&str, &mut Projection)) {
+    fn for_each_layer(&mut self, change: &mut dyn FnMut(&str, Layer<'_>)) {
         for (index, block) in self.model.layers.iter_mut().enumerate() {
             for (name, projection) in block.projections_mut() {
-                change(&format!("model.layers.{index}.{name}"), projection);
+                change(&format!("model.layers.{index}.{name}"), Layer::Linear(projection));
             }
         }
         if let Some(head) = &mut self.lm_head {
-            change("lm_head", head);
+            change("lm_head", Layer::Linear(head));
         }
     }
 

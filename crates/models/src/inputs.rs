@@ -1,6 +1,7 @@
 //! A batch on the device: ids, rotary tables and the range of keys every position may see.
 
 use burn::tensor::{Device, Int, Tensor, TensorData};
+use lowrank_kernels::KnownKeys;
 
 use crate::batch::Batch;
 use crate::config::DecoderConfig;
@@ -16,6 +17,8 @@ pub struct Inputs {
     pub ids: Tensor<1, Int>,
     /// Cosine and sine of each rope table, `[rows * cols, head_dim / 2]`.
     pub ropes: Vec<(Tensor<2>, Tensor<2>)>,
+    /// Columns of the key cache before this batch.
+    offset: usize,
     /// For each distinct window of the layers (`None` first): the visible keys, `[rows, cols, 2]`.
     ranges: Vec<(Option<usize>, Tensor<3, Int>)>,
 }
@@ -38,7 +41,7 @@ impl Inputs {
         windows.dedup();
         let ranges = windows.into_iter().map(|window| (window, ranges(batch, window, offset, device))).collect();
         let ids = Tensor::from_data(TensorData::new(batch.input_ids.clone(), [tokens]), device);
-        Self { rows: batch.rows, cols: batch.cols, ids, ropes, ranges }
+        Self { rows: batch.rows, cols: batch.cols, ids, ropes, offset, ranges }
     }
 
     /// The visible keys of a layer with this window.
@@ -48,6 +51,11 @@ impl Inputs {
     pub fn range(&self, window: Option<usize>) -> Tensor<3, Int> {
         let found = self.ranges.iter().find(|(candidate, _)| *candidate == window);
         found.map(|(_, range)| range.clone()).unwrap_or_else(|| unreachable!("ranges were made for every window"))
+    }
+
+    /// What holds for the visible keys of a layer with this window in every batch.
+    pub fn known_keys(&self, window: Option<usize>) -> KnownKeys {
+        KnownKeys::Band { offset: self.offset, window }
     }
 }
 

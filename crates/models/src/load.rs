@@ -7,11 +7,12 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use burn::tensor::{DType, Device, FloatDType, Shape, Tensor, TensorData};
+use burn::tensor::{DType, Device, Distribution, FloatDType, Shape, Tensor, TensorData};
 use lowrank_core::Projection;
 use lowrank_core::base::{Base, PackedBase};
 use lowrank_core::quant::{Quantisation, QuantiseError};
 use lowrank_core::random::Stream;
+use lowrank_kernels::Packed;
 
 use crate::block::{Attention, Block, Mlp, Norm};
 use crate::config::{ConfigError, DecoderConfig};
@@ -66,8 +67,8 @@ pub fn load_quantised(
     let config = DecoderConfig::read(folder)?;
     let checkpoint = Checkpoint::open(folder)?;
     checkpoint.check(&config.expected_tensors(), |name| config.is_ignorable(name))?;
-    let decoder =
-        build(config, dtype, quantise, device, progress, |name, _, dtype| Ok(tensor_data(&checkpoint, name, dtype)?))?;
+    let values = |name: &str, _: &[usize], dtype| Ok(tensor_data(&checkpoint, name, dtype)?);
+    let decoder = build(config, dtype, quantise, device, progress, OnHost(values))?;
     let held = held(&decoder);
     if held.packed > 0 {
         tracing::info!("{held}");
@@ -80,9 +81,23 @@ pub fn load_quantised(
 /// # Errors
 /// An unusable `config.json`.
 pub fn random(folder: &Path, dtype: FloatDType, seed: u64, device: &Device) -> Result<Decoder, LoadError> {
+    random_quantised(folder, dtype, &|_| None, seed, device)
+}
+
+/// As [`random`], with the weights of some linear layers packed.
+///
+/// # Errors
+/// As [`random`]; a format that does not exist.
+pub fn random_quantised(
+    folder: &Path,
+    dtype: FloatDType,
+    quantise: Quantise<'_>,
+    seed: u64,
+    device: &Device,
+) -> Result<Decoder, LoadError> {
     let config = DecoderConfig::read(folder)?;
     let (deviation, norm) = (f64::from(config.initializer_range), 1.0 - config.norm_offset);
-    build(config, dtype, &|_| None, device, &mut |_, _, _| {}, |name, shape, dtype| {
+    let values = |name: &str, shape: &[usize], dtype: FloatDType| {
         let count = shape.iter().product::<usize>();
         let stream = Stream::new(seed, name);
         let values: Vec<f32> = match shape.len() {
@@ -91,7 +106,26 @@ pub fn random(folder: &Path, dtype: FloatDType, seed: u64, device: &Device) -> R
             _ => (0..count as u64).map(|i| (stream.normal(i) * deviation) as f32).collect(),
         };
         Ok(TensorData::new(values, shape.to_vec()).convert_dtype(dtype.into()))
-    })
+    };
+    build(config, dtype, quantise, device, &mut |_, _, _| {}, OnHost(values))
+}
+
+/// As [`random`], drawn by the device itself, whose generator decides the values; the codes of quantised weights are drawn as
+/// they are. Nothing passes through the host: what speed and memory of large models are measured on.
+///
+/// # Errors
+/// An unusable `config.json`; a format that does not exist.
+pub fn random_on_device(
+    folder: &Path,
+    dtype: FloatDType,
+    seed: u64,
+    quantise: Quantise<'_>,
+    device: &Device,
+) -> Result<Decoder, LoadError> {
+    let config = DecoderConfig::read(folder)?;
+    device.seed(seed);
+    let drawn = Drawn { deviation: f64::from(config.initializer_range), norm: 1.0 - config.norm_offset };
+    build(config, dtype, quantise, device, &mut |_, _, _| {}, drawn)
 }
 
 /// A tensor of a checkpoint in the wanted type.
@@ -111,8 +145,89 @@ pub(crate) fn tensor<const D: usize>(data: TensorData, device: &Device) -> Tenso
     Tensor::from_data(data, (device, dtype))
 }
 
-struct Source<'a, F> {
-    next: F,
+/// Where the tensors of a model come from, by their name and shape on disk.
+trait Tensors {
+    fn dense<const D: usize>(
+        &mut self,
+        name: &str,
+        shape: [usize; D],
+        dtype: FloatDType,
+        device: &Device,
+    ) -> Result<Tensor<D>, LoadError>;
+
+    /// A linear weight of `dims` `[d_in, d_out]` in packed form.
+    fn packed(
+        &mut self,
+        name: &str,
+        dims: [usize; 2],
+        quantisation: Quantisation,
+        device: &Device,
+    ) -> Result<Packed, LoadError>;
+}
+
+/// Values that the host has.
+struct OnHost<F>(F);
+
+impl<F: FnMut(&str, &[usize], FloatDType) -> Result<TensorData, LoadError>> Tensors for OnHost<F> {
+    fn dense<const D: usize>(
+        &mut self,
+        name: &str,
+        shape: [usize; D],
+        dtype: FloatDType,
+        device: &Device,
+    ) -> Result<Tensor<D>, LoadError> {
+        Ok(tensor((self.0)(name, &shape, dtype)?, device))
+    }
+
+    fn packed(
+        &mut self,
+        name: &str,
+        [d_in, d_out]: [usize; 2],
+        quantisation: Quantisation,
+        device: &Device,
+    ) -> Result<Packed, LoadError> {
+        let data = (self.0)(name, &[d_out, d_in], FloatDType::F32)?;
+        let values = data.try_into_vec::<f32>().unwrap_or_else(|_| unreachable!("f32 was asked for"));
+        let packed = quantisation.pack(&values, [d_in, d_out], device);
+        packed.map_err(|source| LoadError::Quantise { name: name.to_owned(), source })
+    }
+}
+
+/// Values that the device draws.
+struct Drawn {
+    deviation: f64,
+    norm: f32,
+}
+
+impl Tensors for Drawn {
+    fn dense<const D: usize>(
+        &mut self,
+        name: &str,
+        shape: [usize; D],
+        dtype: FloatDType,
+        device: &Device,
+    ) -> Result<Tensor<D>, LoadError> {
+        Ok(match shape.len() {
+            1 if name.ends_with(".bias") => Tensor::zeros(shape, (device, DType::from(dtype))),
+            1 => Tensor::full(shape, self.norm, (device, DType::from(dtype))),
+            _ => Tensor::random(shape, Distribution::Normal(0.0, self.deviation), (device, DType::from(dtype))),
+        })
+    }
+
+    fn packed(
+        &mut self,
+        name: &str,
+        dims: [usize; 2],
+        quantisation: Quantisation,
+        device: &Device,
+    ) -> Result<Packed, LoadError> {
+        let packed = quantisation.drawn(dims, self.deviation, device);
+        packed.map_err(|source| LoadError::Quantise { name: name.to_owned(), source })
+    }
+}
+
+struct Source<'a, T> {
+    tensors: T,
     dtype: FloatDType,
     quantise: Quantise<'a>,
     device: &'a Device,
@@ -121,35 +236,31 @@ struct Source<'a, F> {
     progress: Progress<'a>,
 }
 
-impl<F: FnMut(&str, &[usize], FloatDType) -> Result<TensorData, LoadError>> Source<'_, F> {
-    fn data(&mut self, name: &str, shape: &[usize]) -> Result<TensorData, LoadError> {
-        self.data_as(name, shape, self.dtype)
+impl<T: Tensors> Source<'_, T> {
+    fn dense<const D: usize>(&mut self, name: &str, shape: [usize; D]) -> Result<Tensor<D>, LoadError> {
+        self.tell(name);
+        self.tensors.dense(name, shape, self.dtype, self.device)
     }
-    fn data_as(&mut self, name: &str, shape: &[usize], dtype: FloatDType) -> Result<TensorData, LoadError> {
+    fn tell(&mut self, name: &str) {
         self.done += 1;
         (self.progress)(name, self.done, self.total);
-        (self.next)(name, shape, dtype)
     }
     fn weight(&mut self, module: &str, d_in: usize, d_out: usize) -> Result<Base, LoadError> {
-        let (name, shape) = (format!("{module}.weight"), [d_out, d_in]);
+        let name = format!("{module}.weight");
         let Some(quantisation) = (self.quantise)(module) else {
-            return Ok(Base::dense(tensor::<2>(self.data(&name, &shape)?, self.device).transpose()));
+            return Ok(Base::dense(self.dense(&name, [d_out, d_in])?.transpose()));
         };
-        let data = self.data_as(&name, &shape, FloatDType::F32)?;
-        let values = data.try_into_vec::<f32>().unwrap_or_else(|_| unreachable!("f32 was asked for"));
-        let weight = quantisation
-            .pack(&values, [d_in, d_out], self.device)
-            .map_err(|source| LoadError::Quantise { name, source })?;
-        Ok(Base::Packed(PackedBase { weight, quantisation, dtype: self.dtype }))
+        self.tell(&name);
+        let weight = self.tensors.packed(&name, [d_in, d_out], quantisation, self.device)?;
+        Ok(Base::Packed(PackedBase::frozen(weight, quantisation, self.dtype)))
     }
     fn norm(&mut self, name: &str, width: usize) -> Result<Norm, LoadError> {
-        let data = self.data(&format!("{name}.weight"), &[width])?;
-        Ok(Norm::frozen(tensor(data, self.device)))
+        Ok(Norm::frozen(self.dense(&format!("{name}.weight"), [width])?))
     }
     fn projection(&mut self, name: &str, d_in: usize, d_out: usize, bias: bool) -> Result<Projection, LoadError> {
         let weight = self.weight(name, d_in, d_out)?;
         let bias = match bias {
-            true => Some(tensor(self.data(&format!("{name}.bias"), &[d_out])?, self.device)),
+            true => Some(self.dense(&format!("{name}.bias"), [d_out])?),
             false => None,
         };
         Ok(Projection::on(weight, bias))
@@ -188,23 +299,21 @@ impl<F: FnMut(&str, &[usize], FloatDType) -> Result<TensorData, LoadError>> Sour
     }
 }
 
-/// Builds the modules, asking `next` for every tensor by name and shape on disk.
+/// Builds the modules, asking `tensors` for every one by name and shape on disk.
 fn build(
     config: DecoderConfig,
     dtype: FloatDType,
     quantise: Quantise<'_>,
     device: &Device,
     progress: Progress<'_>,
-    next: impl FnMut(&str, &[usize], FloatDType) -> Result<TensorData, LoadError>,
+    tensors: impl Tensors,
 ) -> Result<Decoder, LoadError> {
     let total = config.expected_tensors().len();
-    let mut source = Source { next, dtype, quantise, device, done: 0, total, progress };
+    let mut source = Source { tensors, dtype, quantise, device, done: 0, total, progress };
     let (vocab, hidden) = (config.vocab_size, config.hidden_size);
-    let embedding = source.data("model.embed_tokens.weight", &[vocab, hidden])?;
-    let embed_tokens = Embedding {
-        weight: burn::module::Param::from_tensor(tensor(embedding, device)).set_require_grad(false),
-        delta: None,
-    };
+    let embedding = source.dense("model.embed_tokens.weight", [vocab, hidden])?;
+    let embed_tokens =
+        Embedding { weight: burn::module::Param::from_tensor(embedding).set_require_grad(false), delta: None };
     let layers = (0..config.num_layers).map(|index| source.block(index, &config)).collect::<Result<_, _>>()?;
     let norm = source.norm("model.norm", hidden)?;
     let lm_head = match config.tie_word_embeddings {

@@ -13,7 +13,8 @@ use std::fmt::Debug;
 
 use burn::module::Module;
 use burn::tensor::{Device, Gradients, Int, Tensor, TensorData};
-use lowrank_core::Projection;
+use lowrank_core::conv::ConvProjection;
+use lowrank_core::{Layer, Projection};
 
 use crate::decoder::Embedding;
 use crate::parameters::Named;
@@ -128,8 +129,38 @@ pub trait Network: Module {
     /// Moves the gradients of a lifted head's trained parameters into `into` under their names, adding to what is there.
     fn take_head_gradients(head: &Self::Head, gradients: &mut Gradients, into: &mut Named);
 
-    /// Calls `change` for every linear layer with its full name: those of the blocks in order, then those of the head.
-    fn for_each_projection(&mut self, change: &mut dyn FnMut(&str, &mut Projection));
+    /// Calls `change` for every layer that can have an adapter with its full name, in model order.
+    fn for_each_layer(&mut self, change: &mut dyn FnMut(&str, Layer<'_>));
+
+    /// [`Network::for_each_layer`] for the linear layers.
+    fn for_each_projection(&mut self, change: &mut dyn FnMut(&str, &mut Projection)) {
+        self.for_each_layer(&mut |name, layer| {
+            if let Layer::Linear(projection) = layer {
+                change(name, projection);
+            }
+        });
+    }
+
+    /// [`Network::for_each_layer`] for the convolutions.
+    fn for_each_convolution(&mut self, change: &mut dyn FnMut(&str, &mut ConvProjection)) {
+        self.for_each_layer(&mut |name, layer| {
+            if let Layer::Conv(conv) = layer {
+                change(name, conv);
+            }
+        });
+    }
+
+    /// The same without changing any.
+    fn visit_projections(&self, visit: &mut dyn FnMut(&str, &Projection)) {
+        for (index, block) in self.blocks().iter().enumerate() {
+            for (name, projection) in Self::projections(block) {
+                visit(&format!("{}.{name}", self.block_name(index)), projection);
+            }
+        }
+        for (name, projection) in Self::head_projections(&self.head()) {
+            visit(&name, projection);
+        }
+    }
 
     /// Module name of the token embedding that an adapter may change.
     fn embedding_name(&self) -> Option<&'static str>;

@@ -5,7 +5,7 @@ use lowrank_models::hf::peft::{
     CordaMethod as PeftCorda, InitLoraWeights as PeftInit, MethodConfig, ModulePattern, Modules,
 };
 
-use crate::config::{AdapterCommon, AdapterConfig, CordaMethod, InitLoraWeights, TargetModules};
+use crate::config::{AdapterCommon, AdapterConfig, CordaMethod, InitLoraWeights, TargetModules, TuckerConfig};
 use crate::error::Problem;
 
 /// The settings of a fresh adapter in the terms of its folder. Random factors have the seed 0: set it to that of the run.
@@ -77,7 +77,8 @@ fn method(adapter: &AdapterConfig) -> MethodConfig {
             very_sparse: randlora.very_sparse,
         },
         AdapterConfig::Tucker(tucker) => {
-            MethodConfig::Tucker { r_in: tucker.r_in, r_out: tucker.r_out, scale: tucker.scale }
+            let TuckerConfig { r_in, r_out, r_rows, r_columns, scale, .. } = *tucker;
+            MethodConfig::Tucker { r_in, r_out, r_rows, r_columns, scale }
         }
         AdapterConfig::Hra(hra) => MethodConfig::Hra { apply_gs: hra.apply_gs },
         AdapterConfig::Oft(oft) => MethodConfig::Oft {
@@ -133,7 +134,7 @@ fn pattern(
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
-    use crate::config::{LoraConfig, LoraSbConfig, OftConfig, PissaConfig, TuckerConfig, VeraConfig};
+    use crate::config::{LoraConfig, LoraSbConfig, OftConfig, PissaConfig, VeraConfig};
 
     #[test]
     fn an_alpha_that_is_not_set_follows_the_rank_of_each_layer() {

@@ -38,14 +38,22 @@ pub fn settings(config: &RunConfig, adapter: &AdapterConfig) -> Result<hf::Adapt
 }
 
 /// What a calibration pass must measure for this adapter, by module; nothing for most methods.
-pub fn wanted<M: Network>(model: &mut M, settings: &hf::AdapterConfig) -> BTreeMap<String, Wanted> {
+///
+/// # Errors
+/// The method has no form for one of the layers.
+pub fn wanted<M: Network>(model: &M, settings: &hf::AdapterConfig) -> Result<BTreeMap<String, Wanted>, Problem> {
     let wanted = match &settings.method {
         MethodConfig::Corda { .. } => Wanted { covariance: Some(Covariance::MeanOfSequences), gradient: false },
         MethodConfig::Eora { .. } => Wanted { covariance: Some(Covariance::Sum), gradient: false },
         MethodConfig::LoraSb { .. } => Wanted { covariance: None, gradient: true },
-        _ => return BTreeMap::new(),
+        _ => return Ok(BTreeMap::new()),
     };
-    adapters::targets(model, settings).into_iter().map(|(module, _)| (module, wanted)).collect()
+    let targets = adapters::targets(model, settings).map_err(|error| does_not_fit(settings, error))?;
+    Ok(targets.into_iter().map(|(module, _)| (module, wanted)).collect())
+}
+
+fn does_not_fit(settings: &hf::AdapterConfig, error: AdapterError) -> Problem {
+    Problem::config(format!("[adapter.{}] does not fit the model", settings.method.name())).source(error)
 }
 
 /// Whether a fresh start needs a calibration pass.
@@ -91,8 +99,7 @@ pub fn fresh<M: Network>(
     if let Some(phase) = phase {
         phase.finish();
     }
-    let what = || format!("[adapter.{name}] does not fit the model");
-    let attached = attached.map_err(|error| Problem::config(what()).source(error))?;
+    let attached = attached.map_err(|error| does_not_fit(&settings, error))?;
     Ok(Adapter { config: settings, attached })
 }
 

@@ -2,7 +2,7 @@
 //!
 //! | file | content |
 //! | --- | --- |
-//! | `parameters.safetensors` | trained parameters by name, f32, as matrices |
+//! | `parameters.safetensors` | trained parameters by name, f32, as matrices; of weights that are held as codes `<name>:codes`, `:scale`, `:zero` |
 //! | `optimizer.safetensors` | `<name>:<part>`: moments, bases, 8-bit codes |
 //! | `state.json` | step, tokens, loader position, best evaluation, parts and counters of each parameter's state |
 //! | `config.toml` | the resolved configuration |
@@ -14,8 +14,12 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use burn::tensor::{Tensor, TensorData};
+use lowrank_core::Base;
+use lowrank_core::base::PackedBase;
 use lowrank_core::lowrank::cast;
 use lowrank_core::optim::{self, Optimizer};
+use lowrank_core::quant::Groups;
+use lowrank_core::quant::packed::{from_groups, to_groups};
 use lowrank_models::adapters::AdapterError;
 use lowrank_models::hf::{Checkpoint, Dtype, OutTensor, write_safetensors};
 use lowrank_models::save::host_values;
@@ -105,6 +109,43 @@ fn matrix(name: String, value: Tensor<2>) -> OutTensor<'static> {
     })
 }
 
+fn list(name: String, bytes: Vec<u8>) -> OutTensor<'static> {
+    OutTensor::new(name, Dtype::U8, &[bytes.len()], move || bytes)
+}
+
+/// A weight that is held as codes.
+fn of_groups(name: &str, groups: Groups) -> [OutTensor<'static>; 3] {
+    let Groups { codes, scale, zero, .. } = groups;
+    let scales = OutTensor::new(format!("{name}:scale"), Dtype::F32, &[scale.len()], move || {
+        lowrank_models::hf::dtype::from_f32(&scale, Dtype::F32)
+    });
+    [list(format!("{name}:codes"), codes), scales, list(format!("{name}:zero"), zero)]
+}
+
+/// The codes of a weight like those in `base`.
+fn read_codes(file: &Checkpoint, name: &str, base: &PackedBase, folder: &Path) -> Result<PackedBase, Problem> {
+    let layout = base.weight.layout();
+    let bits = layout.format.bits();
+    let part = |key: &str, shape: usize| {
+        let view = file.get(&format!("{name}:{key}")).map_err(|error| cannot("read", folder).source(error))?;
+        match view.shape == [shape] {
+            true => Ok(view),
+            false => Err(cannot("read", folder)
+                .hint(format!("{name}:{key} has shape {:?}, the settings ask for [{shape}]", view.shape))),
+        }
+    };
+    let groups = Groups {
+        bits: bits as u8,
+        codes: part("codes", (layout.len() * bits).div_ceil(8))?.bytes.to_vec(),
+        scale: part("scale", layout.blocks())?.to_f32(),
+        zero: part("zero", layout.blocks())?.bytes.to_vec(),
+        group: layout.block,
+        len: layout.len(),
+    };
+    let weight = from_groups(&groups, layout.dims, layout.order, &base.weight.device());
+    Ok(PackedBase { weight, ..base.clone() })
+}
+
 /// Writes the adapter of the model into a folder.
 pub type WriteAdapter<'a> = dyn Fn(&Path) -> Result<(), AdapterError> + 'a;
 
@@ -128,16 +169,17 @@ pub fn write<M: Network, L: Serialize>(
             values.push(matrix(entry.name.to_owned(), (entry.value)()));
         }
     });
+    model.visit_projections(&mut |module, projection| {
+        let groups = projection.weight.trained_codes().and_then(|base| to_groups(&base.weight));
+        values.extend(groups.into_iter().flat_map(|groups| of_groups(&format!("{module}.weight"), groups)));
+    });
     write_safetensors(&folder.join("parameters.safetensors"), values, &[]).map_err(failed)?;
     let (mut values, mut parts) = (vec![], BTreeMap::new());
     for (name, optim::State { tensors, bytes, numbers }) in optimizer.save() {
         let shapes = tensors.iter().map(|(key, tensor)| (key.clone(), tensor.dims())).collect();
         parts.insert(name.clone(), Parts { tensors: shapes, bytes: bytes.keys().cloned().collect(), numbers });
         values.extend(tensors.into_iter().map(|(key, tensor)| matrix(format!("{name}:{key}"), tensor)));
-        values.extend(bytes.into_iter().map(|(key, bytes)| {
-            let shape = [bytes.len()];
-            OutTensor::new(format!("{name}:{key}"), Dtype::U8, &shape, move || bytes)
-        }));
+        values.extend(bytes.into_iter().map(|(key, bytes)| list(format!("{name}:{key}"), bytes)));
     }
     write_safetensors(&folder.join("optimizer.safetensors"), values, &[]).map_err(failed)?;
     if let Some(write_adapter) = write_adapter {
@@ -184,7 +226,7 @@ pub fn read<M: Network, L: DeserializeOwned>(
     };
     let trained: BTreeMap<String, Vec<usize>> = parameters::trained(model).into_iter().collect();
     let mut problem = None;
-    let mut read_one = |name: &str, dims: [usize; 2]| -> Result<Tensor<2>, Problem> {
+    let mut restore = |name: &str, dims: [usize; 2]| -> Result<(), Problem> {
         if let Some(Parts { tensors, bytes, numbers }) = state.optimizer.remove(name) {
             let mut parts = optim::State { numbers, ..Default::default() };
             for (key, dims) in tensors {
@@ -199,18 +241,27 @@ pub fn read<M: Network, L: DeserializeOwned>(
                 cannot("read", folder).hint(format!("the optimiser's state of {name} does not fit: {reason}"))
             })?;
         }
-        tensor(&stored, name, dims)
+        Ok(())
     };
     model.map_parameters(&mut |name, value| {
         if !trained.contains_key(name) || problem.is_some() {
             return value;
         }
-        match read_one(name, value.dims()) {
+        let dims = value.dims();
+        match restore(name, dims).and_then(|()| tensor(&stored, name, dims)) {
             Ok(stored) => cast(stored, value.dtype().into()),
             Err(error) => {
                 problem = Some(error);
                 value
             }
+        }
+    });
+    model.for_each_projection(&mut |module, projection| {
+        let Some(base) = projection.weight.trained_codes().filter(|_| problem.is_none()) else { return };
+        let name = format!("{module}.weight");
+        match restore(&name, base.weight.dims()).and_then(|()| read_codes(&stored, &name, base, folder)) {
+            Ok(stored) => projection.weight = Base::Packed(stored),
+            Err(error) => problem = Some(error),
         }
     });
     match problem {

@@ -142,7 +142,7 @@ impl ClassifierSession {
 
     /// Runs the calibration pass of an adapter's start on the first training examples; nothing for most methods.
     fn measure(&mut self, config: &RunConfig, settings: &hf::AdapterConfig) -> Result<Measured, Problem> {
-        let wanted = attach::wanted(&mut self.model, settings);
+        let wanted = attach::wanted(&self.model, settings)?;
         if wanted.is_empty() {
             return Ok(Measured::new());
         }

@@ -342,6 +342,20 @@ pub struct TokenizerArgs {
     pub force: bool,
 }
 
+/// What `compare` and `intrinsic` do about runs that are there.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Args)]
+pub struct StudyRuns {
+    /// Remove runs whose configuration changed and make them again
+    #[arg(long)]
+    pub fresh: bool,
+    /// Try runs again that failed
+    #[arg(long)]
+    pub retry: bool,
+    /// Run nothing, report what is there
+    #[arg(long, conflicts_with_all = ["fresh", "retry"])]
+    pub report: bool,
+}
+
 /// Arguments of `compare`.
 #[derive(Debug, Clone, Default, PartialEq, Args)]
 pub struct CompareArgs {
@@ -357,15 +371,9 @@ pub struct CompareArgs {
     /// Run only these variants of the study
     #[arg(long, value_name = "NAME", value_delimiter = ',')]
     pub only: Vec<String>,
-    /// Remove runs whose configuration changed and make them again
-    #[arg(long)]
-    pub fresh: bool,
-    /// Try runs again that failed
-    #[arg(long)]
-    pub retry: bool,
-    /// Run nothing, report what is there
-    #[arg(long, conflicts_with_all = ["fresh", "retry"])]
-    pub report: bool,
+    /// What to do about runs that are there.
+    #[command(flatten)]
+    pub runs: StudyRuns,
 }
 
 /// Arguments of `intrinsic`.
@@ -401,15 +409,9 @@ pub struct IntrinsicArgs {
     /// Folder for all runs [default: output_dir of the configuration]
     #[arg(long, value_name = "DIR")]
     pub out: Option<PathBuf>,
-    /// Remove runs whose configuration changed and make them again
-    #[arg(long)]
-    pub fresh: bool,
-    /// Try runs again that failed
-    #[arg(long)]
-    pub retry: bool,
-    /// Run nothing, report what is there
-    #[arg(long, conflicts_with_all = ["fresh", "retry"])]
-    pub report: bool,
+    /// What to do about runs that are there.
+    #[command(flatten)]
+    pub runs: StudyRuns,
 }
 
 /// Arguments of `plan`.

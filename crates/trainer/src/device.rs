@@ -64,7 +64,7 @@ fn is_hardware(device: &Device) -> bool {
 
 /// What a device is called, with the name its driver gives it.
 pub fn describe(name: &str, index: usize, device: &Device) -> String {
-    #[cfg(feature = "wgpu")]
+    #[cfg(any(feature = "wgpu", feature = "vulkan", feature = "metal", feature = "cuda"))]
     if name != "cpu"
         && let Some(identity) = device.identity()
     {
@@ -147,7 +147,9 @@ pub fn compute_type(dtype: Dtype, chosen: &ChosenDevice) -> Result<FloatDType, P
 pub fn kernels(description: &str) -> &'static str {
     match description.starts_with("cpu") {
         true => "the CPU's own loops",
-        false => "plain tensor operations (this version has no kernels of its own for graphics cards)",
+        false => {
+            "own kernels for norms, gated activations and attention; the rest as plain tensor operations, fused by Burn"
+        }
     }
 }
 

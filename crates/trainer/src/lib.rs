@@ -11,8 +11,7 @@
 //! | [`step`] | one forward and backward pass, segment by segment |
 //! | [`update`], [`loss_scale`] | one optimiser step; the scale of the loss in f16 |
 //! | [`train_loop`], [`rates`] | the loop on one page; learning rates |
-//! | [`memory`] | what is in use, and what is said when there is none left |
-//! | [`plan`] | how much memory a run will need |
+//! | [`plan`], [`memory`], [`shortage`] | how much memory a run will need; how much it takes; what is said when there is none left |
 //! | [`analysis`] | what training did to a model, in numbers |
 //! | [`checkpoint`] | everything a resume needs |
 //! | [`evaluate`] | loss and exact match on held-out data |
@@ -44,6 +43,7 @@ pub mod rates;
 pub mod run_dir;
 pub mod scores;
 pub mod session;
+pub mod shortage;
 pub mod step;
 pub mod study;
 pub mod task;

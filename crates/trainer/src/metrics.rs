@@ -15,7 +15,8 @@ use serde_json::{Map, Value};
 use crate::error::Problem;
 
 /// Keys that depend on the clock and the machine and so differ between two runs of the same training.
-pub const VOLATILE: [&str; 12] = [
+pub const VOLATILE: [&str; 13] = [
+    "tensor_bytes",
     "step_ms",
     "host_ms",
     "launches",
@@ -64,6 +65,9 @@ pub struct TrainLine {
     pub skipped_steps: Option<u64>,
     /// Memory in use: of the device where it tells, else of the process.
     pub memory_bytes: u64,
+    /// On a graphics card: what tensors use of it between two steps.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tensor_bytes: Option<u64>,
     /// Most bytes of gradients that existed at the same time.
     pub gradient_bytes: u64,
     /// Bytes of the optimiser's state.
@@ -196,6 +200,7 @@ impl Line {
                     ("train/gradient_bytes", line.gradient_bytes as f64),
                     ("train/optimizer_bytes", line.optimizer_bytes as f64),
                 ];
+                scalars.extend(line.tensor_bytes.map(|bytes| ("train/tensor_bytes", bytes as f64)));
                 scalars.extend(line.host_ms.map(|ms| ("train/host_ms", ms)));
                 scalars.extend(line.launches.map(|count| ("train/launches", count)));
                 scalars.extend(line.loss_scale.map(|scale| ("train/loss_scale", scale)));

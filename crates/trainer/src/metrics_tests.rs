@@ -17,6 +17,7 @@ fn train(step: u64, loss: f64) -> Line {
         loss_scale: None,
         skipped_steps: None,
         memory_bytes: 1024,
+        tensor_bytes: None,
         gradient_bytes: 256,
         optimizer_bytes: 512,
         subspace: None,

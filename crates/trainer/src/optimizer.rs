@@ -1,7 +1,7 @@
 //! From the `[optimizer.<method>]` table to an optimiser that manages the right matrices of a model.
 
-use burn::tensor::FloatDType;
-use lowrank_core::lowrank::cast;
+mod storage;
+
 use lowrank_core::optim::apollo::Apollo;
 use lowrank_core::optim::dct_adamw::{self, DctAdamW, DctBases};
 use lowrank_core::optim::fira::{self, Fira};
@@ -21,6 +21,7 @@ use crate::config::{
     WeightFormat,
 };
 use crate::error::Problem;
+pub use storage::trained_codes;
 
 /// A matrix that a low-rank method gets.
 #[derive(Clone, Debug)]
@@ -61,12 +62,8 @@ pub fn build<M: Network>(config: &RunConfig, model: &mut M) -> Result<Optimizer,
         optimizer.manage(&target.name, method(config, target, rank, tokens, &bases));
     }
     let weights = weights(&config.optimizer);
-    if matches!(weights, Weights::Int8 { .. }) {
-        tracing::info!(
-            "weights and bases are rounded to 8-bit and 4-bit values, but kept in f32: that saves no memory yet"
-        );
-    }
-    store(model, &optimizer, weights);
+    storage::store(model, &optimizer, weights, storage::type_of(config.dtype));
+    storage::announce_codes(config, model);
     Ok(optimizer.with_weights(weights, config.seed))
 }
 
@@ -99,10 +96,16 @@ fn modules(wanted: &TargetModules, key: &str) -> Result<Modules, Problem> {
     }
 }
 
-/// The linear layers that `target_modules` names, by the same rules as for adapters.
-fn targets<M: Network>(low_rank: LowRankCommon<'_>, key: &str, model: &mut M) -> Result<Vec<Target>, Problem> {
+/// What `target_modules` names, by the same rules as for adapters.
+fn wanted(low_rank: LowRankCommon<'_>, key: &str) -> Result<AdapterConfig, Problem> {
     let mut wanted = AdapterConfig::new(1, 1.0, modules(low_rank.target_modules, key)?);
     wanted.exclude_modules = low_rank.exclude_modules.map(|excluded| modules(excluded, key)).transpose()?;
+    Ok(wanted)
+}
+
+/// The linear layers among them.
+fn targets<M: Network>(low_rank: LowRankCommon<'_>, key: &str, model: &mut M) -> Result<Vec<Target>, Problem> {
+    let wanted = wanted(low_rank, key)?;
     let mut found = vec![];
     let mut known = vec![];
     model.for_each_projection(&mut |module, projection| {
@@ -162,17 +165,6 @@ fn weights(optimizer: &OptimizerConfig) -> Weights {
 /// Whether managed weights are kept in bf16, which not every device has.
 pub fn stores_bf16(optimizer: &OptimizerConfig) -> bool {
     weights(optimizer) == Weights::Bf16
-}
-
-/// Casts managed weights to 16 bits where they are kept so.
-fn store<M: Network>(model: &mut M, optimizer: &Optimizer, weights: Weights) {
-    if weights == Weights::Bf16 {
-        for index in 0..model.blocks().len() {
-            model.map_block(index, &mut |name, value| {
-                if optimizer.manages(name) { cast(value, FloatDType::BF16) } else { value }
-            });
-        }
-    }
 }
 
 fn method(

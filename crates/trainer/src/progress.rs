@@ -271,6 +271,7 @@ mod tests {
             loss_scale: None,
             skipped_steps: None,
             memory_bytes: 3 << 29,
+            tensor_bytes: None,
             gradient_bytes: 0,
             optimizer_bytes: 0,
             subspace: None,

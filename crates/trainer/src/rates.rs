@@ -14,7 +14,8 @@ use crate::error::Problem;
 pub struct Rates {
     schedule: Schedule,
     learning_rate: f64,
-    /// Learning rate of parameters that a low-rank method does not manage, or that are outside the blocks' linear layers.
+    /// Learning rate of parameters that a low-rank method does not manage, or that are outside the blocks' linear layers and
+    /// the convolutions.
     plain: f64,
     /// No low-rank method: the linear layers are told by their names.
     is_adamw: bool,
@@ -28,7 +29,7 @@ pub struct Rates {
 /// What the parameters of a model are, by name: all that rates depend on.
 #[derive(Clone, Debug, Default)]
 pub struct Kinds {
-    /// Linear layers of the blocks.
+    /// Linear layers of the blocks, and convolutions.
     pub linear: BTreeSet<String>,
     /// Parameters that are vectors: norms and biases.
     pub vectors: BTreeSet<String>,
@@ -46,6 +47,7 @@ impl Kinds {
                 M::projections(block).into_iter().map(|(name, _)| format!("{}.{name}", model.block_name(index)));
             kinds.linear.extend(layers);
         }
+        model.for_each_convolution(&mut |name, _| kinds.linear.extend([name.to_owned()]));
         parameters::visit(model, "", |entry| {
             if entry.dims.len() == 1 {
                 kinds.vectors.insert(entry.name.to_owned());
@@ -54,7 +56,7 @@ impl Kinds {
         kinds
     }
 
-    /// Whether a parameter belongs to a linear layer of a block: its weight, or an adapter's factor beside it.
+    /// Whether a parameter belongs to a linear layer of a block or to a convolution: its weight, or an adapter's factor beside it.
     fn is_linear(&self, name: &str) -> bool {
         let module = name.split_once(".delta.").or(name.rsplit_once('.')).map_or(name, |(module, _)| module);
         self.linear.contains(module) && !name.ends_with(".bias")

@@ -4,7 +4,6 @@ use std::path::{Path, PathBuf};
 
 use burn::tensor::FloatDType;
 use lowrank_core::quant::Quantisation;
-use lowrank_kernels::packed::Format;
 use lowrank_models::adapters::Attached;
 use lowrank_models::hf::peft::Modules;
 use lowrank_models::hf::{self, ChatTemplate, Dtype as FileDtype, Tokenizer};
@@ -17,6 +16,7 @@ use crate::config::{AdapterConfig, Dtype, Init, ProgressStyle, QuantizationConfi
 use crate::data::Encoder;
 use crate::device::{self, ChosenDevice};
 use crate::error::Problem;
+use crate::optimizer;
 use crate::progress::{Phase, bytes_text};
 
 /// An adapter on the model.
@@ -45,6 +45,25 @@ pub struct Session {
     pub adapter: Option<Adapter>,
 }
 
+/// Which linear layers are made as codes, and how.
+#[derive(Clone, Debug, Default)]
+struct Packing {
+    layers: Option<(hf::AdapterConfig, Quantisation)>,
+    /// The table that says so, where the codes are frozen.
+    frozen_as: Option<&'static str>,
+}
+
+impl Packing {
+    fn frozen(quantization: &QuantizationConfig) -> Result<Self, Problem> {
+        let layers = Some((quantized_modules(quantization)?, quantisation(quantization)));
+        Ok(Self { layers, frozen_as: Some(quantization.key()) })
+    }
+
+    fn of(&self, module: &str) -> Option<Quantisation> {
+        self.layers.as_ref().filter(|(targets, _)| targets.targets(module)).map(|(_, form)| *form)
+    }
+}
+
 /// A file problem of the model, tokenizer or adapter as a failed run.
 fn run_problem(what: &str, error: impl std::error::Error + Send + Sync + 'static) -> Problem {
     Problem::run(what).source(error)
@@ -56,7 +75,7 @@ impl Session {
     /// # Errors
     /// No such device or model; files that do not fit.
     pub fn open(base_model: &str, device: &str, dtype: Dtype, style: ProgressStyle) -> Result<Self, Problem> {
-        Self::open_as(base_model, device, dtype, style, None, None)
+        Self::open_as(base_model, device, dtype, style, None, &Packing::default())
     }
 
     /// As [`Session::open`]; with a seed, the weights are random and the folder needs none.
@@ -66,7 +85,7 @@ impl Session {
         dtype: Dtype,
         style: ProgressStyle,
         random: Option<u64>,
-        quantization: Option<&QuantizationConfig>,
+        packing: &Packing,
     ) -> Result<Self, Problem> {
         let device = device::choose(device)?;
         let compute = device::compute_type(dtype, &device)?;
@@ -87,8 +106,8 @@ impl Session {
         let chat =
             ChatTemplate::from_folder(&folder).map_err(|error| run_problem("cannot load the chat template", error))?;
         let decoder = match random {
-            Some(seed) => random_model(&folder, compute, &device, style, seed)?,
-            None => load_model(&folder, compute, &device, style, quantization)?,
+            Some(seed) => random_model(&folder, compute, &device, style, seed, packing)?,
+            None => load_model(&folder, compute, &device, style, packing)?,
         };
         let tokenizer = tokenizer
             .for_model(decoder.config.vocab_size)
@@ -116,9 +135,12 @@ impl Session {
     /// The base model of a run, quantised as it says or not.
     fn base(config: &RunConfig, quantised: bool) -> Result<Self, Problem> {
         let random = (config.init == Init::Random).then_some(config.seed);
-        let quantization = config.quantization.as_ref().filter(|_| quantised);
+        let packing = match config.quantization.as_ref().filter(|_| quantised) {
+            Some(quantization) => Packing::frozen(quantization)?,
+            None => Packing { layers: optimizer::trained_codes(config)?, frozen_as: None },
+        };
         let style = config.logging.progress;
-        Self::open_as(&config.base_model, &config.device, config.dtype, style, random, quantization)
+        Self::open_as(&config.base_model, &config.device, config.dtype, style, random, &packing)
     }
 
     fn going_on(config: &RunConfig, folder: &Path, wanted: Option<&AdapterConfig>) -> Result<Self, Problem> {
@@ -151,7 +173,7 @@ impl Session {
     /// precision, which is dropped before a quantised one is read.
     fn calibrated(config: &RunConfig, settings: &hf::AdapterConfig) -> Result<(Self, Measured), Problem> {
         let mut session = Self::base(config, !attach::needs_calibration(&settings.method))?;
-        let wanted = attach::wanted(&mut session.decoder, settings);
+        let wanted = attach::wanted(&session.decoder, settings)?;
         if wanted.is_empty() {
             return Ok((session, Measured::new()));
         }
@@ -194,11 +216,9 @@ fn load_model(
     compute: FloatDType,
     device: &ChosenDevice,
     style: ProgressStyle,
-    quantization: Option<&QuantizationConfig>,
+    packing: &Packing,
 ) -> Result<Decoder, Problem> {
-    let targets = quantization.map(quantized_modules).transpose()?;
-    let form = quantization.map(quantisation);
-    let quantise = |module: &str| form.filter(|_| targets.as_ref().is_some_and(|targets| targets.targets(module)));
+    let quantise = |module: &str| packing.of(module);
     let phase = Phase::start(style, format!("loading {}", folder.display()));
     let decoder = load::load_quantised(folder, compute, &quantise, &device.device, &mut |_, done, total| {
         phase.update(done as u64, total as u64)
@@ -206,8 +226,8 @@ fn load_model(
     phase.finish();
     let decoder =
         decoder.map_err(|error| run_problem(&format!("cannot load the model in {}", folder.display()), error))?;
-    if let Some(quantization) = quantization {
-        announce_quantised(&decoder, quantization)?;
+    if let Some(key) = packing.frozen_as {
+        announce_quantised(&decoder, key)?;
     }
     Ok(decoder)
 }
@@ -227,14 +247,14 @@ pub(crate) fn quantized_modules(quantization: &QuantizationConfig) -> Result<hf:
 fn quantisation(quantization: &QuantizationConfig) -> Quantisation {
     let (_, block) = quantization.group();
     match quantization {
-        QuantizationConfig::Nf4(table) => Quantisation { format: Format::Nf4, block, double: table.double_quant },
-        QuantizationConfig::Int8(_) => Quantisation { format: Format::Int8, block, double: false },
-        QuantizationConfig::Int4(_) => Quantisation { format: Format::Int4, block, double: false },
+        QuantizationConfig::Nf4(table) => Quantisation { block, double: table.double_quant, ..Quantisation::NF4 },
+        QuantizationConfig::Int8(_) => Quantisation { block, ..Quantisation::INT8 },
+        QuantizationConfig::Int4(_) => Quantisation { block, ..Quantisation::INT4 },
     }
 }
 
 /// Tells what the packed layers take, or that there is none.
-fn announce_quantised(decoder: &Decoder, quantization: &QuantizationConfig) -> Result<(), Problem> {
+fn announce_quantised(decoder: &Decoder, key: &str) -> Result<(), Problem> {
     let (mut layers, mut values, mut bytes) = (0, 0, 0);
     let mut decoder = decoder.clone();
     decoder.for_each_projection(&mut |_, projection| {
@@ -244,7 +264,6 @@ fn announce_quantised(decoder: &Decoder, quantization: &QuantizationConfig) -> R
             bytes += projection.weight.bytes();
         }
     });
-    let key = quantization.key();
     if layers == 0 {
         return Err(Problem::config(format!("quantization.{key}.target_modules match no linear layer of the model"))
             .hint("use \"all-linear\" or names such as q_proj"));
@@ -261,20 +280,17 @@ fn random_model(
     device: &ChosenDevice,
     style: ProgressStyle,
     seed: u64,
+    packing: &Packing,
 ) -> Result<Decoder, Problem> {
     let phase = Phase::start(style, format!("random weights for {}", folder.display()));
-    let decoder = load::random(folder, compute, seed, &device.device);
+    let decoder = load::random_quantised(folder, compute, &|module| packing.of(module), seed, &device.device);
     phase.finish();
     decoder.map_err(|error| run_problem(&format!("cannot make the model of {}", folder.display()), error))
 }
 
-/// Gives every delta of the blocks this dropout.
+/// Gives every adapter of a layer this dropout.
 pub(crate) fn set_dropout<M: Network>(model: &mut M, dropout: f64) {
-    model.for_each_projection(&mut |_, projection| {
-        if let Some(delta) = &mut projection.delta {
-            delta.set_dropout(dropout);
-        }
-    });
+    model.for_each_layer(&mut |_, mut layer| layer.set_dropout(dropout));
 }
 
 /// The type of written weights.

@@ -1,9 +1,9 @@
-//! Memory of a run: what is in use, what holds it, and what is said when there is none left.
+//! What holds the memory of a run, and what is said when there is none left. [`crate::memory`] reads how much it is.
 //!
-//! | device | in use now | peak | when an allocation fails |
-//! | --- | --- | --- | --- |
-//! | graphics card | bytes of live tensors | bytes that the allocator took from the card; it keeps its pages | the tensor carries the error to the first read of anything computed from it, which panics |
-//! | CPU | resident bytes of the process | the most of them | the system ends the process: a prediction that does not fit is told at the start |
+//! | device | when an allocation fails |
+//! | --- | --- |
+//! | graphics card | the tensor carries the error to the first read of anything computed from it, which panics |
+//! | CPU | the system ends the process: a prediction that does not fit is told at the start |
 //!
 //! [`catch`] stands around every part of a run that may touch the device. Where a panic under it means that memory has run out,
 //! the run ends with an error that names what holds the memory and what to change. Nothing is written after such an error,
@@ -13,36 +13,12 @@ use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::{LazyLock, Mutex, PoisonError};
 
-use burn::tensor::Device;
 use lowrank_core::optim::Optimizer;
 use lowrank_models::{Network, parameters};
 use regex::Regex;
 
-use crate::metrics::process_memory;
 use crate::plan::advice::Suggestion;
 use crate::plan::{Category, Plan, show};
-
-/// Memory in use.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Usage {
-    /// Now.
-    pub current_bytes: u64,
-    /// The most so far.
-    pub peak_bytes: u64,
-    /// Whether it is the device's own; else it is the process's, with the program and its data.
-    pub of_device: bool,
-}
-
-/// Asks the device, or the system where the device is the CPU.
-pub fn usage(device: &Device) -> Usage {
-    match device.memory_pool_usage() {
-        Some(pool) => Usage { current_bytes: pool.bytes_in_use, peak_bytes: pool.bytes_reserved, of_device: true },
-        None => {
-            let process = process_memory();
-            Usage { current_bytes: process.current_bytes, peak_bytes: process.peak_bytes, of_device: false }
-        }
-    }
-}
 
 /// What a run holds between two steps, by shape and type.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -242,5 +218,5 @@ pub fn blame(doing: Doing, held: &Held, in_use: u64, plan: Option<&Plan>) -> Str
 }
 
 #[cfg(test)]
-#[path = "memory_tests.rs"]
+#[path = "shortage_tests.rs"]
 mod tests;

@@ -7,12 +7,12 @@
 //!
 //! The loss of a step is the sum over all counted tokens of all its micro batches divided by their number, whatever the split.
 
-use burn::module::Module as _;
+use burn::module::Module;
 use burn::tensor::{FloatDType, Gradients, Tensor};
-use lowrank_core::Projection;
 use lowrank_core::optim::Optimizer;
 use lowrank_core::optim::adamw::StepRule;
 use lowrank_core::random::Stream;
+use lowrank_core::{Base, Projection};
 use lowrank_kernels as kernels;
 use lowrank_models::network::{Network, Segment, integers};
 use lowrank_models::parameters::{self, Named};
@@ -102,6 +102,23 @@ fn update_now(
     optimizer.step(name, value, gradient, rules(name))
 }
 
+/// The same for all weights that are held as codes and have a gradient.
+fn update_codes_now<M: Network>(
+    model: &mut M,
+    optimizer: &mut Optimizer,
+    rules: Rules<'_>,
+    gradients: &mut Named,
+    mut note: impl FnMut(Tensor<1>),
+) {
+    model.for_each_projection(&mut |module, projection| {
+        let Some(base) = projection.weight.trained_codes() else { return };
+        let name = format!("{module}.weight");
+        let Some(gradient) = gradients.remove(&name) else { return };
+        note(optimizer.squared_norm(&name, &gradient));
+        projection.weight = Base::Packed(optimizer.step_packed(&name, base, gradient, rules(&name)));
+    });
+}
+
 /// Multiplies all gradients by a number `[1]` that only the device knows.
 pub fn rescale(accumulated: &mut Accumulated, optimizer: &mut Optimizer, factor: &Tensor<1>) {
     let gradients = std::mem::take(&mut accumulated.gradients);
@@ -114,10 +131,17 @@ pub fn rescale(accumulated: &mut Accumulated, optimizer: &mut Optimizer, factor:
 
 /// Updates every parameter that has a gradient and removes the gradient.
 pub fn apply<M: Network>(model: &mut M, accumulated: &mut Accumulated, optimizer: &mut Optimizer, rules: Rules<'_>) {
+    update_codes_now(model, optimizer, rules, &mut accumulated.gradients, |_| {});
     model.map_parameters(&mut |name, value| match accumulated.gradients.remove(name) {
         Some(gradient) => optimizer.step(name, value, gradient, rules(name)),
         None => value,
     });
+}
+
+/// Whether a segment has parameters or codes that are trained.
+fn is_trained<S: Module>(segment: &S, projections: &[(String, &Projection)]) -> bool {
+    let has_codes = projections.iter().any(|(_, projection)| projection.weight.trained_codes().is_some());
+    has_codes || !parameters::trained(segment).is_empty()
 }
 
 /// A block between forward and backward.
@@ -143,7 +167,7 @@ impl<'a, M: Network> Pass<'a, M> {
     pub fn new(model: &'a mut M, options: StepOptions) -> Self {
         let stem_is_trained = !parameters::trained(model.stem()).is_empty();
         let blocks = model.blocks();
-        let first = blocks.iter().position(|block| !parameters::trained(block).is_empty()).unwrap_or(blocks.len());
+        let first = blocks.iter().position(|block| is_trained(block, &M::projections(block))).unwrap_or(blocks.len());
         let first_trained = if stem_is_trained { 0 } else { first };
         Self { model, options, first_trained, stem_is_trained }
     }
@@ -167,6 +191,7 @@ impl<'a, M: Network> Pass<'a, M> {
         let (losses, d_hidden) = self.head(batch, hidden, denominator, key, into, optimizer);
         if let Some(rules) = immediate {
             self.model.map_head(&mut |name, value| update_now(name, value, optimizer, rules, into));
+            self.update_codes(optimizer, rules, into);
         }
         let mut gradient = d_hidden;
         for index in (self.first_trained..self.model.blocks().len()).rev() {
@@ -174,6 +199,7 @@ impl<'a, M: Network> Pass<'a, M> {
             gradient = self.backward_block(index, block, from, &inputs, key, into, optimizer);
             if let Some(rules) = immediate {
                 self.model.map_block(index, &mut |name, value| update_now(name, value, optimizer, rules, into));
+                self.update_codes(optimizer, rules, into);
             }
         }
         if let (true, Some(gradient)) = (self.stem_is_trained, gradient) {
@@ -184,6 +210,12 @@ impl<'a, M: Network> Pass<'a, M> {
             self.model.map_stem(&mut |name, value| update_now(name, value, optimizer, rules, into));
         }
         losses
+    }
+
+    /// [`update_now`] for codes. Only those of the last segment have a gradient.
+    fn update_codes(&mut self, optimizer: &mut Optimizer, rules: Rules<'_>, into: &mut Accumulated) {
+        let Accumulated { gradients, applied_squares, .. } = into;
+        update_codes_now(self.model, optimizer, rules, gradients, |square| applied_squares.push(square));
     }
 
     /// Forward through stem and blocks; blocks that need a backward pass leave what it needs.
@@ -256,7 +288,7 @@ impl<'a, M: Network> Pass<'a, M> {
         let all_rows = counted.len() == hidden.dims()[0];
         let mut lifted = self.model.head().train();
         M::head_projections_mut(&mut lifted).into_iter().for_each(|(_, projection)| projection.lift_slots());
-        let head_is_trained = !parameters::trained(&lifted).is_empty();
+        let head_is_trained = is_trained(&lifted, &M::head_projections(&lifted));
         let mut d_hidden = (needs_gradient && !all_rows).then(|| hidden.zeros_like());
         let mut pieces = vec![];
         let mut all = Losses::default();
@@ -314,7 +346,7 @@ impl<'a, M: Network> Pass<'a, M> {
         let block = self.model.block_name(index);
         parameters::take_gradients(&lifted, &block, &mut gradients, &mut into.gradients);
         for (name, projection) in M::projections(&lifted) {
-            take_factors(projection, &format!("{block}.{name}"), &mut gradients, into, optimizer);
+            take_slots(projection, &format!("{block}.{name}"), &mut gradients, into, optimizer);
         }
         into.weigh();
         input.grad_remove(&mut gradients)
@@ -330,16 +362,19 @@ impl<'a, M: Network> Pass<'a, M> {
     }
 }
 
-/// Shows the optimiser the factors of a gradient where it asked for them, and adds what it makes of them.
-fn take_factors(
+/// Takes what does not arrive as the gradient of a parameter: that of trained codes, and factors, which are shown to the optimiser
+/// that asked for them and replaced by what it makes of them.
+fn take_slots(
     projection: &Projection,
     module: &str,
     gradients: &mut Gradients,
     into: &mut Accumulated,
     optimizer: &mut Optimizer,
 ) {
-    if let Some((x, dy)) = projection.take_factors(gradients) {
-        let name = format!("{module}.weight");
+    let name = format!("{module}.weight");
+    if let Some(gradient) = projection.take_gradient(gradients) {
+        parameters::add(&mut into.gradients, name, gradient);
+    } else if let Some((x, dy)) = projection.take_factors(gradients) {
         let collected = optimizer.observe(&name, x, dy);
         parameters::add(&mut into.gradients, name, collected);
     }
@@ -354,7 +389,7 @@ fn take_head_gradients<M: Network>(
 ) {
     M::take_head_gradients(lifted, gradients, &mut into.gradients);
     for (module, projection) in M::head_projections(lifted) {
-        take_factors(projection, &module, gradients, into, optimizer);
+        take_slots(projection, &module, gradients, into, optimizer);
     }
     into.weigh();
 }

@@ -5,20 +5,20 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
-use burn::module::Module as _;
 use lowrank_core::optim::Optimizer;
 use lowrank_kernels::launches::Launches;
-use lowrank_models::{Network, NetworkBatch, parameters};
+use lowrank_models::{Network, NetworkBatch, save};
 
 use crate::checkpoint::{self, Counters, Exact, WriteAdapter};
 use crate::config::{Dtype, OnNonFinite, RunConfig};
 use crate::error::Problem;
-use crate::memory::{self, Doing, Held, Shortage};
+use crate::memory::{MemoryWatch, device_memory};
 use crate::metrics::{EvalLine, Line, MetricsLog, SubspaceLine, SummaryLine, TrainLine};
 use crate::plan::Plan;
 use crate::progress::Progress;
 use crate::rates::{Kinds, Rates};
 use crate::run_dir::RunDir;
+use crate::shortage::{self, Doing, Held, Shortage};
 use crate::step::StepOptions;
 use crate::task::{Batches, Evaluated, TrainingTask};
 use crate::tensorboard::EventWriter;
@@ -54,10 +54,12 @@ pub struct Run<'a, T: TrainingTask> {
     pub reading: Reading,
     /// Counts kernels on a graphics card.
     pub launches: Option<Launches>,
+    /// Memory of the device, or of the process where the device has none of its own.
+    pub memory: MemoryWatch,
+    /// Of the process, what was there before anything was loaded.
+    pub bytes_outside: u64,
     /// Predicted memory, if there is a prediction.
     pub predicted: Option<Plan>,
-    /// Bytes of the process before anything was loaded.
-    pub bytes_at_start: u64,
     /// TensorBoard events.
     pub events: Option<EventWriter>,
     /// Set by a signal: stop after the current step.
@@ -135,7 +137,7 @@ impl<T: TrainingTask> Run<'_, T> {
             }
         }
         let summary = self.summary(ended_by, started);
-        let memory = memory::comparison(&summary.measured_memory_bytes, Some(&summary.predicted_memory_bytes));
+        let memory = shortage::comparison(&summary.measured_memory_bytes, Some(&summary.predicted_memory_bytes));
         self.record(&Line::Summary(summary), &progress)?;
         tracing::info!("memory: {memory}");
         self.metrics.sync()?;
@@ -152,24 +154,25 @@ impl<T: TrainingTask> Run<'_, T> {
         doing: Doing,
         part: impl FnOnce(&mut Self) -> Result<R, Problem>,
     ) -> Result<R, Problem> {
-        match memory::catch(|| part(self)) {
+        match shortage::catch(|| part(self)) {
             Ok(result) => result,
             Err(shortage) => Err(self.out_of_memory(doing, &shortage)),
         }
     }
 
     fn out_of_memory(&mut self, doing: Doing, shortage: &Shortage) -> Problem {
-        let usage = memory::usage(&self.task.device().device);
+        let in_use = device_memory(&self.task.device().device).map_or(0, |memory| memory.in_use_bytes);
         let held = Held::by(self.task.model_mut(), &self.optimizer);
         let plan = self.predicted.as_ref();
         let device = &self.task.device().description;
-        let what = memory::message(device, doing, shortage, &memory::blame(doing, &held, usage.current_bytes, plan));
+        let blame = shortage::blame(doing, &held, in_use, plan);
+        let what = shortage::message(device, doing, shortage, &blame);
         let savings = plan.and_then(|plan| self.task.savings(self.config, plan).ok()).unwrap_or_default();
         match self.last_good() {
             Ok(good) => Problem::run(format!("{what}; {good}")),
             Err(_) => Problem::run(what),
         }
-        .hint(memory::hint(&savings))
+        .hint(shortage::hint(&savings))
     }
 
     /// Where the run could be taken up again.
@@ -276,6 +279,7 @@ impl<T: TrainingTask> Run<'_, T> {
         let gradient_bytes = self.window.gradient_bytes;
         let Window { steps, tokens, seconds, host_seconds, launches, .. } =
             std::mem::replace(&mut self.window, Window { gradient_bytes, ..Window::default() });
+        let memory = self.memory.read();
         let of_device = |value: f64| (self.reading == Reading::Later).then_some(value / steps as f64);
         let line = Line::Train(TrainLine {
             step: self.counters.step,
@@ -288,7 +292,8 @@ impl<T: TrainingTask> Run<'_, T> {
             step_ms: 1e3 * seconds / steps as f64,
             host_ms: of_device(1e3 * host_seconds),
             launches: self.launches.as_ref().and_then(|_| of_device(launches as f64)),
-            memory_bytes: memory::usage(&self.task.device().device).current_bytes,
+            memory_bytes: memory.current_bytes,
+            tensor_bytes: device_memory(&self.task.device().device).map(|memory| memory.in_use_bytes),
             loss_scale: self.counters.loss_scale.map(|loss| loss.scale),
             skipped_steps: self.counters.loss_scale.map(|loss| loss.skipped_steps),
             gradient_bytes: report.gradient_bytes as u64,
@@ -408,12 +413,10 @@ impl<T: TrainingTask> Run<'_, T> {
     }
 
     fn summary(&mut self, ended_by: &str, started: Instant) -> SummaryLine {
-        let usage = memory::usage(&self.task.device().device);
-        let outside = if usage.of_device { 0 } else { self.bytes_at_start };
+        let peak_bytes = self.memory.read().peak_bytes;
         let held = Held::by(self.task.model_mut(), &self.optimizer);
-        let of_run = usage.peak_bytes.saturating_sub(outside);
-        let trained = parameters::trained(self.task.model());
-        let count = |dims: &[usize]| dims.iter().product::<usize>() as u64;
+        let of_run = peak_bytes.saturating_sub(self.bytes_outside);
+        let (trained, total) = save::parameter_counts(self.task.model());
         SummaryLine {
             step: self.counters.step,
             ended_by: ended_by.to_owned(),
@@ -423,13 +426,13 @@ impl<T: TrainingTask> Run<'_, T> {
             best_step: self.counters.best.map(|(_, step)| step),
             exact_match: self.counters.exact_match.map(|share| share.0),
             scores: self.counters.scores.iter().map(|(name, score)| (name.clone(), score.0)).collect(),
-            trainable_parameters: trained.iter().map(|(_, dims)| count(dims)).sum(),
-            total_parameters: self.task.model().num_params() as u64,
+            trainable_parameters: trained as u64,
+            total_parameters: total as u64,
             tokens: self.counters.tokens,
-            peak_memory_bytes: usage.peak_bytes,
-            predicted_peak_memory_bytes: self.predicted.as_ref().map(|plan| plan.peak_bytes + outside),
-            measured_memory_bytes: memory::measured(&held, self.window.gradient_bytes as u64, of_run),
-            predicted_memory_bytes: self.predicted.as_ref().map(memory::predicted).unwrap_or_default(),
+            peak_memory_bytes: peak_bytes,
+            predicted_peak_memory_bytes: self.predicted.as_ref().map(|plan| plan.peak_bytes + self.bytes_outside),
+            measured_memory_bytes: shortage::measured(&held, self.window.gradient_bytes as u64, of_run),
+            predicted_memory_bytes: self.predicted.as_ref().map(shortage::predicted).unwrap_or_default(),
             wall_seconds: started.elapsed().as_secs_f64(),
         }
     }

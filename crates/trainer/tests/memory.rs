@@ -29,6 +29,9 @@ struct Logged;
 static IS_LOGGING: AtomicBool = AtomicBool::new(false);
 /// Allocations of the exact size of a weight of a block.
 static OF_WEIGHT_SIZE: AtomicUsize = AtomicUsize::new(0);
+/// Allocations of this size that are not yet freed, and the most of them while logging.
+static WEIGHTS_LIVE: AtomicIsize = AtomicIsize::new(0);
+static MOST_WEIGHTS: AtomicIsize = AtomicIsize::new(0);
 /// Bytes allocated and not yet freed.
 static LIVE: AtomicIsize = AtomicIsize::new(0);
 
@@ -41,6 +44,9 @@ unsafe impl GlobalAlloc for Logged {
     }
     unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
         LIVE.fetch_sub(layout.size() as isize, Ordering::Relaxed);
+        if is_weight(layout.size()) {
+            WEIGHTS_LIVE.fetch_sub(1, Ordering::Relaxed);
+        }
         // SAFETY: passed on.
         unsafe { System.dealloc(pointer, layout) }
     }
@@ -51,10 +57,17 @@ static ALLOCATOR: Logged = Logged;
 
 fn note(size: usize) {
     LIVE.fetch_add(size as isize, Ordering::Relaxed);
-    let is_weight = [4 * HIDDEN * HIDDEN, 4 * HIDDEN * INNER].contains(&size);
-    if is_weight && IS_LOGGING.load(Ordering::Relaxed) {
-        OF_WEIGHT_SIZE.fetch_add(1, Ordering::Relaxed);
+    if is_weight(size) {
+        let live = WEIGHTS_LIVE.fetch_add(1, Ordering::Relaxed) + 1;
+        if IS_LOGGING.load(Ordering::Relaxed) {
+            OF_WEIGHT_SIZE.fetch_add(1, Ordering::Relaxed);
+            MOST_WEIGHTS.fetch_max(live, Ordering::Relaxed);
+        }
     }
+}
+
+fn is_weight(size: usize) -> bool {
+    [4 * HIDDEN * HIDDEN, 4 * HIDDEN * INNER].contains(&size)
 }
 
 /// The counters belong to the process: one test at a time.
@@ -160,4 +173,32 @@ fn projected_layers_save_t_times_r() {
     let saved = full - projected;
     // Nodes of the tape differ by a few hundred bytes.
     assert!((saved - want).abs() < 4096, "{saved} bytes less are kept, expected {want}; {full} and {projected}");
+}
+
+/// Q-GaLore holds its weights in a byte each: between steps nothing of a weight's size in f32 is there, and in a step the values of
+/// one matrix at a time. What is held agrees with the sizes of the codes.
+#[test]
+fn quantised_weights_exist_one_at_a_time() {
+    let _alone = ALONE.lock();
+    const TABLE: &str = "q_galore = { rank = 24, update_proj_gap = 2 }";
+    drop(optimizer_of(TABLE, &mut model())); // whatever is allocated once
+    let before = (LIVE.load(Ordering::Relaxed), WEIGHTS_LIVE.load(Ordering::Relaxed));
+    let mut decoder = model();
+    let dense = LIVE.load(Ordering::Relaxed) - before.0;
+    assert_eq!(WEIGHTS_LIVE.load(Ordering::Relaxed) - before.1, 14);
+    let mut optimizer = optimizer_of(TABLE, &mut decoder);
+    let packed = LIVE.load(Ordering::Relaxed) - before.0;
+    assert_eq!(WEIGHTS_LIVE.load(Ordering::Relaxed) - before.1, 0);
+    let values = 2 * (4 * HIDDEN * HIDDEN + 3 * HIDDEN * INNER);
+    let saved = 4 * values - (values + 5 * values / 256);
+    // Modules and the optimiser's own objects are a few hundred bytes a layer.
+    let off = (dense - packed) - saved as isize;
+    assert!(off.abs() < 32 << 10, "{off} bytes more are saved than {saved}");
+    for step in 0..4 {
+        MOST_WEIGHTS.store(0, Ordering::Relaxed);
+        weight_sized(&mut decoder, &mut optimizer, step);
+        let most = MOST_WEIGHTS.load(Ordering::Relaxed) - before.1;
+        assert!((1..=2).contains(&most), "{most} buffers of a weight's size in step {step}");
+        assert_eq!(WEIGHTS_LIVE.load(Ordering::Relaxed) - before.1, 0, "after step {step}");
+    }
 }

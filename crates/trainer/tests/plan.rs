@@ -12,7 +12,6 @@ use lowrank_core::adapters::Statistics;
 use lowrank_core::optim::adamw::StepRule;
 use lowrank_core::quant::Quantisation;
 use lowrank_core::random::Stream;
-use lowrank_kernels::packed::Format;
 use lowrank_models::config::DecoderConfig;
 use lowrank_models::network::head_chunk;
 use lowrank_models::{Batch, Decoder, hf, load, parameters, save};
@@ -191,6 +190,22 @@ const CASES: &[(&str, &str, &str)] = &[
     ),
     ("q_galore", LLAMA, "data.max_seq_length = 256\noptimizer.q_galore = { rank = 32, update_proj_gap = 4 }"),
     (
+        "q_galore, output side",
+        LLAMA,
+        "data.max_seq_length = 128\noptimizer.q_galore = { rank = 32, update_proj_gap = 4, proj_type = 'output' }",
+    ),
+    (
+        "q_galore, f32 weights",
+        LLAMA,
+        "data.max_seq_length = 256\noptimizer.q_galore = { rank = 32, update_proj_gap = 4, weights = 'f32' }",
+    ),
+    (
+        "q_galore, at once",
+        LLAMA,
+        "data.max_seq_length = 64\ntraining.max_grad_norm = 0\ntraining.gradient_checkpointing = 'block'\n\
+         optimizer.q_galore = { rank = 32, update_proj_gap = 4 }",
+    ),
+    (
         "galore, bf16 run",
         LLAMA,
         "data.max_seq_length = 256\ndtype = 'bf16'\noptimizer.galore = { rank = 32, update_proj_gap = 4 }",
@@ -216,14 +231,14 @@ fn model(folder: &std::path::Path, config: &RunConfig) -> Decoder {
     let Some(adapter) = &config.adapter else { return parameters::set_trained(random(), |_| Some(true)) };
     let mut decoder = match &config.quantization {
         Some(QuantizationConfig::Nf4(_)) => {
-            let form = Quantisation { format: Format::Nf4, block: 64, double: true };
+            let form = Quantisation::NF4;
             let quantise = |module: &str| module.ends_with("_proj").then_some(form);
             load::load_quantised(folder, dtype, &quantise, &device, &mut |_, _, _| {}).unwrap()
         }
         _ => random(),
     };
     let settings = attach::settings(config, adapter).unwrap();
-    let measured = attach::wanted(&mut decoder, &settings).into_keys().map(|module| (module, statistics(&device)));
+    let measured = attach::wanted(&decoder, &settings).unwrap().into_keys().map(|module| (module, statistics(&device)));
     let measured = measured.collect();
     attach::fresh(&mut decoder, settings, &measured, folder, 1, ProgressStyle::None).unwrap();
     decoder

@@ -241,6 +241,8 @@ fn killed_runs_of_every_low_rank_method_give_the_same_bits() {
         format!("galore = {{ {galore}, proj_type = \"output\", inner = \"adamw8bit\", weights = \"bf16\" }}"),
         format!("galore = {{ {galore}, merge = \"deferred\", weights = \"bf16\", weight_decay = 0.1 }}"),
         "q_galore = { rank = 8, update_proj_gap = 2, queue_size = 2, cos_threshold = 0.01 }".to_owned(),
+        "q_galore = { rank = 8, update_proj_gap = 4, proj_type = \"full\", basis_bits = 8, group_size = 32 }"
+            .to_owned(),
         "dct_adamw = { rank = 8, update_proj_gap = 4, projected = true }".to_owned(),
         "dct_adamw = { rank = 8, error_feedback = true }".to_owned(),
         "apollo = { rank = 4, update_proj_gap = 4 }".to_owned(),
@@ -342,6 +344,39 @@ fn killed_classifiers_give_the_same_bits() {
         let last = metrics(&scene.dir("whole")).pop().unwrap();
         assert!(last["accuracy"].as_f64().is_some_and(|share| (0.0..=1.0).contains(&share)), "{last}");
         assert_eq!(last.get("perplexity"), None);
+    }
+}
+
+/// What runs on convolutions share; the tables of the adapter come before.
+const CONVOLUTIONS: &str = r#"
+target_modules = ["convolution"]
+
+[optimizer.adamw]
+learning_rate = 1e-2
+
+[training]
+max_steps = 10
+micro_batch_size = 2
+eval_steps = 4
+save_steps = 2
+save_total_limit = 2
+"#;
+
+/// Adapters on convolutions, LoRA with dropout and a Tucker core, in the stem and the blocks of a ResNet.
+#[test]
+fn killed_runs_on_convolutions_give_the_same_bits() {
+    let images = ["tiny-resnet", "data/smoke/images/train", "data/smoke/images/eval"];
+    for (method, table) in [("lora", "r = 2\nlora_dropout = 0.1"), ("tucker", "r_in = 3\nr_out = 4\ndropout = 0.1")] {
+        let scene = Scene::of("image_classification", images, &format!("[adapter.{method}]\n{table}\n{CONVOLUTIONS}"));
+        scene.finish("whole", &[]);
+        for line in [3, 8] {
+            let mut child = scene.start("killed", &[RESUME]);
+            scene.wait_for_lines("killed", &mut child, line);
+            assert!(kill(&mut child), "{method}: the kill at line {line} came after the end");
+        }
+        let log = scene.finish("killed", &[RESUME]);
+        assert!(log.contains("8 modules"), "{log}");
+        scene.assert_same("killed", "whole", &["adapter/classes.json", ADAPTER[0], ADAPTER[1]]);
     }
 }
 

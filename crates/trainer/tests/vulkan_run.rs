@@ -9,7 +9,7 @@ use std::process::Command;
 
 use burn::tensor::{FloatDType, Tensor};
 use lowrank_models::save::host_values;
-use lowrank_train::memory;
+use lowrank_train::shortage;
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -106,7 +106,7 @@ fn a_run_is_that_of_the_cpu_and_its_memory_does_not_grow(scene: &Scene) {
         assert!(card["host_ms"].as_f64().unwrap() <= card["step_ms"].as_f64().unwrap(), "{card}");
         assert!(card["launches"].as_f64().unwrap() > 50.0 && cpu.get("launches").is_none(), "{card}");
     }
-    let bytes: Vec<u64> = card.iter().map(|line| line["memory_bytes"].as_u64().unwrap()).collect();
+    let bytes: Vec<u64> = card.iter().map(|line| line["tensor_bytes"].as_u64().unwrap()).collect();
     assert_eq!((&card[5]["step"], &card[10]["step"]), (&50.into(), &100.into()));
     assert!(bytes[8..].iter().min() <= bytes[5..8].iter().max(), "{bytes:?}");
     let summary = &scene.lines("card", "summary")[0];
@@ -130,11 +130,11 @@ fn bf16_is_refused_where_the_device_has_none(scene: &Scene) {
 /// tells. The sum of the buffer carries the error on.
 fn a_buffer_that_is_too_large_is_an_error(_scene: &Scene) {
     let device = lowrank_train::device::choose("wgpu").unwrap().device;
-    let caught = memory::catch(|| {
+    let caught = shortage::catch(|| {
         let huge = Tensor::<2>::zeros([1 << 18, 1 << 19], &device);
         host_values(huge.slice([0..1, 0..8]) * 2.0)
     });
-    assert_eq!(caught, Err(memory::Shortage { bytes: Some(1 << 39) }));
+    assert_eq!(caught, Err(shortage::Shortage { bytes: Some(1 << 39) }));
     // The device can be used on.
-    assert_eq!(memory::catch(|| host_values(Tensor::<2>::ones([1, 8], &device) * 2.0)), Ok(vec![2.0; 8]));
+    assert_eq!(shortage::catch(|| host_values(Tensor::<2>::ones([1, 8], &device) * 2.0)), Ok(vec![2.0; 8]));
 }

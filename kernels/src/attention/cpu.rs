@@ -46,6 +46,14 @@ impl Sizes {
             softcap,
         }
     }
+    /// Whether every range lies within what the caller promised.
+    fn keeps(&self, ranges: &[i32], known: super::KnownKeys) -> bool {
+        (0..self.sequences * self.queries).all(|row| {
+            let (first, end) = range_of(ranges, row, self.keys);
+            let allowed = known.of(row % self.queries..row % self.queries + 1, self.keys);
+            first == end || (allowed.start <= first && end <= allowed.end)
+        })
+    }
     /// Offset of query row `i` of a head; rows are `heads * width` apart.
     fn query(&self, sequence: usize, i: usize, head: usize) -> usize {
         ((sequence * self.queries + i) * self.heads + head) * self.width
@@ -111,10 +119,12 @@ pub(crate) fn forward(
     ranges: FlexTensor,
     scale: f32,
     softcap: f32,
+    known: super::KnownKeys,
 ) -> (FlexTensor, FlexTensor) {
     let dtype = q.dtype();
     let (q, k, v, ranges) = (dense(q), dense(k), dense(v), integers(ranges));
     let s = Sizes::of(&q, &k, &v, &ranges, scale, softcap);
+    assert!(s.keeps(&ranges, known), "`ranges` reach beyond what {known:?} allows");
     let (q, k, v) = (values(&q), values(&k), values(&v));
     let dims = [s.sequences, s.queries, s.heads, s.width];
     let (out, lse) = outputs(&dims, &dims[..3], |out, lse| {

@@ -7,7 +7,7 @@
 //! Shapes: `q [b, sq, h, d]`, `k, v [b, sk, g, d]` with `h` a multiple of `g`, `ranges [b, sq, 2]`, output `[b, sq, h, d]`.
 //! Saved for the backward: q, k, v, the output and one log-sum-exp a row (flash attention, arXiv 2205.14135, algorithm 4):
 //! with `P = exp(S - lse)` and `D = rowsum(dO * O)`: `dV = P^T dO`, `dS = P * (dO V^T - D)`, `dQ = s dS K`, `dK = s dS^T Q`.
-//! Scores exist only as tiles. Flops `4 b h d N` forward and `10 b h d N` backward for N visible pairs.
+//! Scores exist only as tiles, in the reference as a whole. Flops `4 b h d N` forward and `10 b h d N` backward for N visible pairs.
 
 #[cfg(feature = "flex")]
 pub(crate) mod cpu;
@@ -21,6 +21,58 @@ use burn::backend::{Autodiff, Backend, tensor::FloatTensor, tensor::IntTensor};
 
 use crate::LowRankOps;
 use crate::plain::Plain;
+
+/// What the host knows of key ranges without reading them back from the device. A promise: it never widens a range.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum KnownKeys {
+    /// Nothing.
+    #[default]
+    Unknown,
+    /// Query `i` sees no key beyond `offset + i`, and with a window only the last `window` of those.
+    Band {
+        /// Keys before the first query, as in a key/value cache.
+        offset: usize,
+        /// Keys that a query sees at most.
+        window: Option<usize>,
+    },
+}
+
+impl KnownKeys {
+    /// The keys among `0..keys` that any of these queries may see.
+    pub(crate) fn of(self, queries: std::ops::Range<usize>, keys: usize) -> std::ops::Range<usize> {
+        match self {
+            Self::Unknown => 0..keys,
+            Self::Band { offset, window } => {
+                let end = (offset + queries.end).min(keys);
+                let first = window.map_or(0, |window| (offset + queries.start + 1).saturating_sub(window));
+                first.min(end)..end
+            }
+        }
+    }
+}
+
+/// Which kernels of a GPU compute attention. The result is the same to rounding.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum AttentionRoute {
+    /// Those that the device, the type and the sizes call for.
+    #[default]
+    Chosen,
+    /// Chunks of so many queries with batched products (0: as many as fit), scores of a chunk in memory.
+    Chunks(usize),
+    /// Tiles, products in registers.
+    Registers,
+    /// Tiles, products by tensor cores.
+    Fragments,
+}
+
+/// What attention may use beside its operands. Nothing of it changes the result; the CPU only checks the promise.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct AttentionHints {
+    /// Bounds of the ranges.
+    pub keys: KnownKeys,
+    /// Kernels to use.
+    pub route: AttentionRoute,
+}
 
 /// Log-sum-exp of a row that sees nothing: finite, so that its probabilities are `exp(-1e30 - -1e30) * 0 = 0`, never NaN.
 pub(crate) const NOTHING_SEEN: f32 = -1e30;
@@ -140,6 +192,7 @@ struct State<B: LowRankOps> {
     ranges: IntTensor<B>,
     scale: f32,
     softcap: f32,
+    hints: AttentionHints,
 }
 
 impl<B: LowRankOps> Backward<B, 3> for AttentionBackward {
@@ -148,8 +201,8 @@ impl<B: LowRankOps> Backward<B, 3> for AttentionBackward {
     fn backward(self, ops: Ops<Self::State, 3>, grads: &mut Gradients, _checkpointer: &mut Checkpointer) {
         let nodes = ops.parents;
         let d_out = grads.consume::<B>(&ops.node);
-        let State { q, k, v, out, lse, ranges, scale, softcap } = ops.state;
-        let (dq, dk, dv) = B::range_attention_backward(q, k, v, out, lse, d_out, ranges, scale, softcap);
+        let State { q, k, v, out, lse, ranges, scale, softcap, hints } = ops.state;
+        let (dq, dk, dv) = B::range_attention_backward(q, k, v, out, lse, d_out, ranges, scale, softcap, hints);
         for (node, gradient) in nodes.into_iter().zip([dq, dk, dv]) {
             if let Some(node) = node {
                 grads.register::<B>(node.id, gradient);
@@ -165,15 +218,16 @@ pub(crate) fn autodiff<B: LowRankOps, C: CheckpointStrategy>(
     ranges: IntTensor<B>,
     scale: f32,
     softcap: f32,
+    hints: AttentionHints,
 ) -> (FloatTensor<Autodiff<B, C>>, FloatTensor<Autodiff<B, C>>) {
     let (q, q_node) = q.into_parts();
     let (k, k_node) = k.into_parts();
     let (v, v_node) = v.into_parts();
     let constant = |lse| <Autodiff<B, C> as burn::backend::AutodiffBackend>::from_inner(lse);
-    let (out, lse) = B::range_attention(q.clone(), k.clone(), v.clone(), ranges.clone(), scale, softcap);
+    let (out, lse) = B::range_attention(q.clone(), k.clone(), v.clone(), ranges.clone(), scale, softcap, hints);
     match AttentionBackward.prepare::<C>([q_node, k_node, v_node]).compute_bound().stateful() {
         OpsKind::Tracked(prep) => {
-            let state = State { q, k, v, out: out.clone(), lse: lse.clone(), ranges, scale, softcap };
+            let state = State { q, k, v, out: out.clone(), lse: lse.clone(), ranges, scale, softcap, hints };
             (prep.finish(state, out), constant(lse))
         }
         OpsKind::UnTracked(prep) => (prep.finish(out), constant(lse)),

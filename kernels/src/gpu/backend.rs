@@ -1,10 +1,11 @@
 //! Which operations have a kernel of their own on GPU backends; the others run their reference.
 
-use burn::backend::tensor::FloatTensor;
+use burn::backend::tensor::{FloatTensor, IntTensor};
 use burn_cubecl::CubeBackend;
 
-use super::{gated, rms_norm};
+use super::{attention, gated, rms_norm};
 use crate::LowRankOps;
+use crate::attention::AttentionHints;
 use crate::gated::Activation;
 
 type T = FloatTensor<CubeBackend>;
@@ -21,5 +22,30 @@ impl LowRankOps for CubeBackend {
     }
     fn gated_backward(gate: T, up: T, dy: T, activation: Activation) -> (T, T) {
         gated::backward(gate, up, dy, activation)
+    }
+    fn range_attention(
+        q: T,
+        k: T,
+        v: T,
+        ranges: IntTensor<Self>,
+        scale: f32,
+        softcap: f32,
+        hints: AttentionHints,
+    ) -> (T, T) {
+        attention::forward([q, k, v, ranges], scale, softcap, hints)
+    }
+    fn range_attention_backward(
+        q: T,
+        k: T,
+        v: T,
+        out: T,
+        lse: T,
+        d_out: T,
+        ranges: IntTensor<Self>,
+        scale: f32,
+        softcap: f32,
+        hints: AttentionHints,
+    ) -> (T, T, T) {
+        attention::backward([q, k, v, ranges], [out, lse, d_out], scale, softcap, hints)
     }
 }

@@ -39,7 +39,7 @@ fn activation<N: Size>(x: Vector<f32, N>, #[comptime] act: Activation) -> (Vecto
 }
 
 #[cube(launch)]
-fn gated_kernel<F: Float, N: Size>(
+pub(super) fn gated_kernel<F: Float, N: Size>(
     gate: &[Vector<F, N>],
     up: &[Vector<F, N>],
     y: &mut [Vector<F, N>],
@@ -54,7 +54,7 @@ fn gated_kernel<F: Float, N: Size>(
 }
 
 #[cube(launch)]
-fn gated_backward_kernel<F: Float, N: Size>(
+pub(super) fn gated_backward_kernel<F: Float, N: Size>(
     gate: &[Vector<F, N>],
     up: &[Vector<F, N>],
     dy: &[Vector<F, N>],

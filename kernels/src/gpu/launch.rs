@@ -1,4 +1,4 @@
-//! What launchers share: output buffers, vector sizes, cube counts, and a sum over a cube.
+//! What launchers share: output buffers, vector sizes, cube counts, and a sum and a maximum over a cube.
 
 use burn::backend::TensorMetadata;
 use burn::tensor::{DType, Shape};
@@ -58,4 +58,23 @@ pub(crate) fn cube_sum(value: f32, shared: &mut Shared<[f32]>) -> f32 {
     let sum = shared[0];
     sync_cube();
     sum
+}
+
+/// Largest `value` of the units of a cube of [`ROW_UNITS`], the same in every unit.
+#[cube]
+pub(crate) fn cube_max(value: f32, shared: &mut Shared<[f32]>) -> f32 {
+    let unit = UNIT_POS as usize;
+    shared[unit] = value;
+    let mut width = comptime!(ROW_UNITS as usize / 2).runtime();
+    while width > 0 {
+        sync_cube();
+        if unit < width {
+            shared[unit] = max(shared[unit], shared[unit + width]);
+        }
+        width /= 2;
+    }
+    sync_cube();
+    let largest = shared[0];
+    sync_cube();
+    largest
 }

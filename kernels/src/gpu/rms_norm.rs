@@ -27,7 +27,7 @@ fn sum_of<N: Size>(vector: Vector<f32, N>) -> f32 {
 }
 
 #[cube(launch)]
-fn rms_norm_kernel<F: Float, G: Float, N: Size>(
+pub(super) fn rms_norm_kernel<F: Float, G: Float, N: Size>(
     x: &[Vector<F, N>],
     gamma: &[Vector<G, N>],
     y: &mut [Vector<F, N>],
@@ -59,7 +59,7 @@ fn rms_norm_kernel<F: Float, G: Float, N: Size>(
 }
 
 #[cube(launch)]
-fn rms_norm_backward_kernel<F: Float, G: Float, N: Size>(
+pub(super) fn rms_norm_backward_kernel<F: Float, G: Float, N: Size>(
     x: &[Vector<F, N>],
     gamma: &[Vector<G, N>],
     dy: &[Vector<F, N>],

@@ -1,30 +1,54 @@
-//! The linear layer on a packed weight on the tape: only x gets a gradient, and nothing but the codes is kept for it.
+//! The linear layer on a packed weight on the tape: only x gets a gradient, and nothing but the codes is kept for it. Where such
+//! a weight is trained, its gradient leaves by another way: see [`crate::projected_linear`].
 
 use burn::backend::autodiff::{
     checkpoint::{base::Checkpointer, strategy::CheckpointStrategy},
     grads::Gradients,
     ops::{Backward, Ops, OpsKind},
 };
-use burn::backend::{Autodiff, tensor::FloatTensor};
+use burn::backend::{Autodiff, TensorMetadata, tensor::FloatTensor};
 
 use super::{Operand, PackedParts};
 use crate::extension::{LowRankOps, Maybe};
-use crate::linear::{add_trained_bias, split_bias};
+use crate::linear::{add_trained_bias, broadcast_rows, split_bias};
 
 impl<B: LowRankOps> Operand<B> {
-    /// `x W + b`.
+    /// `x W + b`; the identity takes no b.
     pub fn linear(self, x: FloatTensor<B>, bias: Maybe<B>) -> FloatTensor<B> {
         match self {
+            Self::Identity => x,
             Self::Dense(w) => B::dense_linear(x, w, bias),
-            Self::Packed(w) => B::packed_linear(x, w, bias),
+            Self::Packed(w) => B::packed_linear(x, *w, bias),
+        }
+    }
+
+    /// `keep x W + b`; the identity takes no b.
+    pub fn scaled(self, x: FloatTensor<B>, bias: Option<FloatTensor<B>>, keep: f32) -> FloatTensor<B> {
+        match self {
+            Self::Identity => B::float_mul_scalar(x, keep.into()),
+            Self::Dense(w) => {
+                let bias = bias.map(|bias| broadcast_rows::<B>(bias, x.shape()[0], w.shape()[1]));
+                B::gemm(x, w, Maybe::from_option(bias), keep)
+            }
+            Self::Packed(w) => B::packed_linear(B::float_mul_scalar(x, keep.into()), *w, Maybe::from_option(bias)),
+        }
+    }
+
+    /// `keep dy W^T`.
+    pub fn scaled_gradient(self, dy: FloatTensor<B>, keep: f32) -> FloatTensor<B> {
+        match self {
+            Self::Identity => B::float_mul_scalar(dy, keep.into()),
+            Self::Dense(w) => B::gemm(dy, B::float_transpose(w), Maybe::Absent, keep),
+            Self::Packed(w) => B::packed_linear_backward(B::float_mul_scalar(dy, keep.into()), *w),
         }
     }
 
     /// `dy W^T`.
     pub fn input_gradient(self, dy: FloatTensor<B>) -> FloatTensor<B> {
         match self {
+            Self::Identity => dy,
             Self::Dense(w) => B::gemm(dy, B::float_transpose(w), Maybe::Absent, 1.0),
-            Self::Packed(w) => B::packed_linear_backward(dy, w),
+            Self::Packed(w) => B::packed_linear_backward(dy, *w),
         }
     }
 }

@@ -5,12 +5,12 @@ use burn::backend::ops::IntTensorOps;
 use burn::tensor::{DType, FloatDType, IntDType};
 use burn_flex::FlexTensor;
 
-use super::{Format, Layout, PackedParts};
+use super::{Format, Layout, Order, PackedParts};
 use crate::cpu::{Matrix, Rows, as_f32, assert_shape, dense, for_chunks, output, restore, values};
 
 /// Values of a panel: 2 MiB of f32, which the cores share in their caches.
 const PANEL: usize = 1 << 19;
-/// Outputs of a panel of very wide rows.
+/// Rows of a panel of very wide rows.
 const LEAST_ROWS: usize = 16;
 
 /// Readable memory of a packed weight.
@@ -155,85 +155,106 @@ fn nested_scales(codes: FlexTensor, map: FlexTensor, absmax: FlexTensor, layout:
     codes.iter().enumerate().map(|(i, &code)| map[usize::from(code)] * absmax[i / block] + offset).collect()
 }
 
-/// The values of outputs `first..first + rows`, `[rows, d_in]`.
+/// The values of rows `first..first + rows` of the flattened matrix.
 pub(crate) fn dequantise(w: PackedParts<Flex>, first: usize, rows: usize, dtype: FloatDType) -> FlexTensor {
     let memory = Memory::of(w);
-    let [d_in, d_out] = memory.layout.dims;
-    assert!(first + rows <= d_out, "outputs {first} and {rows} more of {d_out}");
-    let panel = output(&[rows, d_in], |out| {
+    let [all, cols] = memory.layout.stored();
+    assert!(first + rows <= all, "rows {first} and {rows} more of {all}");
+    let panel = output(&[rows, cols], |out| {
         // SAFETY: `output` has room for all values; they are only written.
-        memory.read(first * d_in, unsafe { std::slice::from_raw_parts_mut(out, rows * d_in) });
+        memory.read(first * cols, unsafe { std::slice::from_raw_parts_mut(out, rows * cols) });
     });
     restore(panel, dtype.into())
 }
 
-/// Runs `body` with first output, number of outputs and values of every panel.
+/// Runs `body` with first row, number of rows and values of every panel.
 fn for_panels(memory: &Memory, mut body: impl FnMut(usize, usize, &[f32])) {
-    let [d_in, d_out] = memory.layout.dims;
-    let rows = (PANEL / d_in.max(1)).max(LEAST_ROWS).min(d_out);
-    let mut scratch = vec![0.0; rows * d_in];
-    for first in (0..d_out).step_by(rows.max(1)) {
-        let rows = rows.min(d_out - first);
-        let panel = &mut scratch[..rows * d_in];
-        memory.read(first * d_in, panel);
+    let [all, cols] = memory.layout.stored();
+    let rows = (PANEL / cols.max(1)).max(LEAST_ROWS).min(all);
+    let mut scratch = vec![0.0; rows * cols];
+    for first in (0..all).step_by(rows.max(1)) {
+        let rows = rows.min(all - first);
+        let panel = &mut scratch[..rows * cols];
+        memory.read(first * cols, panel);
         body(first, rows, panel);
     }
 }
 
 /// `x W + b`.
 pub(crate) fn linear(x: FlexTensor, w: PackedParts<Flex>, bias: Option<FlexTensor>) -> FlexTensor {
+    match w.layout().order {
+        Order::Outputs => across(x, w, bias),
+        Order::Inputs => along(x, w, bias),
+    }
+}
+
+/// `dy W^T`.
+pub(crate) fn input_gradient(dy: FlexTensor, w: PackedParts<Flex>) -> FlexTensor {
+    match w.layout().order {
+        Order::Outputs => along(dy, w, None),
+        Order::Inputs => across(dy, w, None),
+    }
+}
+
+/// Writes a bias to every row of an output, and checks its size.
+fn fill(out: *mut f32, rows: usize, cols: usize, bias: Option<&FlexTensor>) {
+    let Some(bias) = bias else { return };
+    assert_shape("the bias", bias, &[cols]);
+    for row in 0..rows {
+        // SAFETY: row `row` of the output, which has `cols` values.
+        unsafe { out.add(row * cols).copy_from_nonoverlapping(values(bias).as_ptr(), cols) };
+    }
+}
+
+/// `x S^T + b` for the flattened matrix S.
+fn across(x: FlexTensor, w: PackedParts<Flex>, bias: Option<FlexTensor>) -> FlexTensor {
     let (dtype, memory) = (x.dtype(), Memory::of(w));
     let (x, bias) = (as_f32(x), bias.map(dense));
     let x = Matrix::of(&x);
-    let [d_in, d_out] = memory.layout.dims;
-    assert_eq!(x.cols, d_in, "inner sizes of a product");
-    if let Some(bias) = &bias {
-        assert_shape("the bias", bias, &[d_out]);
-    }
-    let y = output(&[x.rows, d_out], |out| {
-        if let Some(bias) = &bias {
-            for row in 0..x.rows {
-                // SAFETY: row `row` of the output.
-                unsafe { out.add(row * d_out).copy_from_nonoverlapping(values(bias).as_ptr(), d_out) };
-            }
-        }
+    let [all, cols] = memory.layout.stored();
+    assert_eq!(x.cols, cols, "inner sizes of a product");
+    let y = output(&[x.rows, all], |out| {
+        fill(out, x.rows, all, bias.as_ref());
         for_panels(&memory, |first, rows, panel| {
-            let panel = Matrix::raw(panel.as_ptr(), d_in, rows, 1, d_in);
-            let threads = crate::gemm::threads(x.rows * d_in * rows);
-            // SAFETY: the panel is `[rows, d_in]`, seen transposed; columns `first..first + rows` of the output lie inside
+            let panel = Matrix::raw(panel.as_ptr(), cols, rows, 1, cols);
+            let threads = crate::gemm::threads(x.rows * cols * rows);
+            // SAFETY: the panel is `[rows, cols]`, seen transposed; columns `first..first + rows` of the output lie inside
             // it and were written before where the product is added to them.
             unsafe {
                 let out = out.add(first);
-                crate::cpu::gemm(x.rows, rows, d_in, out, d_out as isize, 1, bias.is_some(), &x, &panel, 1.0, threads);
+                crate::cpu::gemm(x.rows, rows, cols, out, all as isize, 1, bias.is_some(), &x, &panel, 1.0, threads);
             }
         });
     });
     restore(y, dtype)
 }
 
-/// `dy W^T`.
-pub(crate) fn input_gradient(dy: FlexTensor, w: PackedParts<Flex>) -> FlexTensor {
-    let (dtype, memory) = (dy.dtype(), Memory::of(w));
-    let dy = as_f32(dy);
-    let dy = Matrix::of(&dy);
-    let [d_in, d_out] = memory.layout.dims;
-    assert_eq!(dy.cols, d_out, "inner sizes of a product");
-    let dx = output(&[dy.rows, d_in], |out| {
-        if d_out == 0 {
+/// `x S + b` for the flattened matrix S.
+fn along(x: FlexTensor, w: PackedParts<Flex>, bias: Option<FlexTensor>) -> FlexTensor {
+    let (dtype, memory) = (x.dtype(), Memory::of(w));
+    let (x, bias) = (as_f32(x), bias.map(dense));
+    let x = Matrix::of(&x);
+    let [all, cols] = memory.layout.stored();
+    assert_eq!(x.cols, all, "inner sizes of a product");
+    let y = output(&[x.rows, cols], |out| {
+        if all == 0 {
             // SAFETY: `output` has room for all values.
-            unsafe { out.write_bytes(0, dy.rows * d_in) };
+            unsafe { out.write_bytes(0, x.rows * cols) };
         }
+        fill(out, x.rows, cols, bias.as_ref());
         for_panels(&memory, |first, rows, panel| {
-            let panel = Matrix::raw(panel.as_ptr(), rows, d_in, d_in, 1);
-            // SAFETY: columns `first..first + rows` of dy, whose view was checked.
-            let start = unsafe { dy.data.offset(first as isize * dy.col_stride) };
-            let columns = Matrix { data: start, rows: dy.rows, cols: rows, ..dy };
-            let threads = crate::gemm::threads(dy.rows * d_in * rows);
-            // SAFETY: the views lie inside their buffers, and the output is read only after the first panel wrote it.
+            let panel = Matrix::raw(panel.as_ptr(), rows, cols, cols, 1);
+            // SAFETY: columns `first..first + rows` of x, whose view was checked.
+            let start = unsafe { x.data.offset(first as isize * x.col_stride) };
+            let columns = Matrix { data: start, rows: x.rows, cols: rows, ..x };
+            let threads = crate::gemm::threads(x.rows * cols * rows);
+            let adds = first > 0 || bias.is_some();
+            // SAFETY: the views lie inside their buffers, and the output is read only after the first panel or the bias
+            // was written to it.
             unsafe {
-                crate::cpu::gemm(dy.rows, d_in, rows, out, d_in as isize, 1, first > 0, &columns, &panel, 1.0, threads);
+                crate::cpu::gemm(x.rows, cols, rows, out, cols as isize, 1, adds, &columns, &panel, 1.0, threads);
             }
         });
     });
-    restore(dx, dtype)
+    restore(y, dtype)
 }

@@ -3,8 +3,9 @@
 use burn::backend::{Backend, TensorMetadata, tensor::FloatTensor, tensor::IntTensor};
 use burn::tensor::{FloatDType, Shape, Slice, TensorData};
 
-use super::{Layout, PackedParts};
+use super::{Layout, Order, PackedParts};
 use crate::extension::{LowRankOps, Maybe};
+use crate::linear::broadcast_rows;
 use crate::plain::Plain;
 
 /// Values that are dequantised at the same time on a GPU.
@@ -49,15 +50,16 @@ fn scales<B: Backend>(w: &PackedParts<B>, first: usize, count: usize) -> Plain<B
     }
 }
 
-/// The values of outputs `first..first + rows`, `[rows, d_in]`.
+/// The values of rows `first..first + rows` of the flattened matrix.
 pub(crate) fn dequantise<B: Backend>(
     w: &PackedParts<B>,
     first: usize,
     rows: usize,
     dtype: FloatDType,
 ) -> FloatTensor<B> {
-    let Layout { format, block, dims: [d_in, _], .. } = w.layout();
-    let (from, count) = (first * d_in, rows * d_in);
+    let Layout { format, block, .. } = w.layout();
+    let [_, cols] = w.layout().stored();
+    let (from, count) = (first * cols, rows * cols);
     let before = from % block; // blocks straddle rows: decoding starts with a whole block
     let (from, all) = (from - before, count + before);
     let (first_block, blocks) = (from / block, all.div_ceil(block));
@@ -72,18 +74,39 @@ pub(crate) fn dequantise<B: Backend>(
             Plain::<B>::from_int(unpack::<B>(codes, format.bits(), from, all)) - zero
         }
     };
-    (values * scale).narrow(0, before..all).reshape(&[rows, d_in]).cast(dtype).0
+    (values * scale).narrow(0, before..all).reshape(&[rows, cols]).cast(dtype).0
 }
 
-/// First output and number of outputs of each panel of about so many values.
+/// First row and number of rows of each panel of about so many values.
 fn panels(layout: Layout, values: usize) -> impl Iterator<Item = (usize, usize)> {
-    let [d_in, d_out] = layout.dims;
-    let rows = (values / d_in.max(1)).clamp(1, d_out.max(1));
-    (0..d_out).step_by(rows).map(move |first| (first, rows.min(d_out - first)))
+    let [all, cols] = layout.stored();
+    let rows = (values / cols.max(1)).clamp(1, all.max(1));
+    (0..all).step_by(rows).map(move |first| (first, rows.min(all - first)))
 }
 
 /// `x W + b`, with so many values of W at the same time.
 pub(crate) fn linear<B: LowRankOps>(
+    x: FloatTensor<B>,
+    w: PackedParts<B>,
+    bias: Option<FloatTensor<B>>,
+    panel: usize,
+) -> FloatTensor<B> {
+    match w.layout().order {
+        Order::Outputs => across(x, w, bias, panel),
+        Order::Inputs => along(x, w, bias, panel),
+    }
+}
+
+/// `dy W^T`, with so many values of W at the same time.
+pub(crate) fn input_gradient<B: LowRankOps>(dy: FloatTensor<B>, w: PackedParts<B>, panel: usize) -> FloatTensor<B> {
+    match w.layout().order {
+        Order::Outputs => along(dy, w, None, panel),
+        Order::Inputs => across(dy, w, None, panel),
+    }
+}
+
+/// `x S^T + b` for the flattened matrix S.
+fn across<B: LowRankOps>(
     x: FloatTensor<B>,
     w: PackedParts<B>,
     bias: Option<FloatTensor<B>>,
@@ -102,15 +125,21 @@ pub(crate) fn linear<B: LowRankOps>(
     }
 }
 
-/// `dy W^T`, with so many values of W at the same time.
-pub(crate) fn input_gradient<B: LowRankOps>(dy: FloatTensor<B>, w: PackedParts<B>, panel: usize) -> FloatTensor<B> {
-    let (dtype, layout) = (dy.dtype().into(), w.layout());
-    let mut sum = Maybe::Absent;
+/// `x S + b` for the flattened matrix S.
+fn along<B: LowRankOps>(
+    x: FloatTensor<B>,
+    w: PackedParts<B>,
+    bias: Option<FloatTensor<B>>,
+    panel: usize,
+) -> FloatTensor<B> {
+    let (dtype, layout, tokens) = (x.dtype().into(), w.layout(), x.shape()[0]);
+    let cols = layout.stored()[1];
+    let mut sum = Maybe::from_option(bias.map(|bias| broadcast_rows::<B>(bias, tokens, cols)));
     for (first, rows) in panels(layout, panel) {
         let panel = B::dequantise(w.clone(), first, rows, dtype);
-        let columns = Plain::<B>(dy.clone()).narrow(1, first..first + rows).0;
+        let columns = Plain::<B>(x.clone()).narrow(1, first..first + rows).0;
         sum = Maybe::Given(B::gemm(columns, panel, sum, 1.0));
     }
-    let empty = || B::float_zeros(Shape::new([dy.shape()[0], layout.dims[0]]), &dy.device(), dtype);
+    let empty = || B::float_zeros(Shape::new([tokens, cols]), &x.device(), dtype);
     sum.option().unwrap_or_else(empty)
 }

@@ -2,7 +2,7 @@ use burn::backend::{AutodiffBackend, Flex};
 use burn_flex::FlexTensor;
 
 use super::{F32, Random, Tape, VIEWS, View, assert_close, assert_same_gradients, differentiate, integers, values_of};
-use crate::{LowRankOps, attention};
+use crate::{AttentionHints, KnownKeys, LowRankOps, attention};
 
 /// Who sees what.
 #[derive(Clone, Copy, Debug)]
@@ -91,7 +91,16 @@ fn output_and_gradients_are_those_of_the_reference() {
                 F32,
                 |x| {
                     let [q, k, v] = [0, 1, 2].map(|i| x[i].clone());
-                    Tape::range_attention(q, k, v, Tape::int_from_inner(ranges.clone()), scale(d), softcap).0
+                    Tape::range_attention(
+                        q,
+                        k,
+                        v,
+                        Tape::int_from_inner(ranges.clone()),
+                        scale(d),
+                        softcap,
+                        Default::default(),
+                    )
+                    .0
                 },
                 |x| {
                     let [q, k, v] = [0, 1, 2].map(|i| x[i].clone());
@@ -114,7 +123,9 @@ fn both_passes_are_those_of_the_reference_on_views() {
             let [q, k, v] = inputs(&mut random, shape, view);
             let (dy, ranges) = (random.view(&[b, sq, h, d], view), mask.ranges(b, sq, sk));
             let what = format!("{shape:?} {view:?} {mask:?} softcap {softcap}");
-            let (out, lse) = Flex::range_attention(q.clone(), k.clone(), v.clone(), ranges.clone(), scale(d), softcap);
+            let hints = AttentionHints::default();
+            let (out, lse) =
+                Flex::range_attention(q.clone(), k.clone(), v.clone(), ranges.clone(), scale(d), softcap, hints);
             let plain =
                 attention::reference::<Flex>(q.clone(), k.clone(), v.clone(), ranges.clone(), scale(d), softcap);
             assert_close(&format!("{what}: out"), &out, &plain.0, F32);
@@ -132,7 +143,10 @@ fn both_passes_are_those_of_the_reference_on_views() {
                     softcap,
                 )
             };
-            let ours: (FlexTensor, FlexTensor, FlexTensor) = backward(Flex::range_attention_backward);
+            let ours: (FlexTensor, FlexTensor, FlexTensor) =
+                backward(|q, k, v, out, lse, dy, ranges, scale, softcap| {
+                    Flex::range_attention_backward(q, k, v, out, lse, dy, ranges, scale, softcap, Default::default())
+                });
             let plain: (FlexTensor, FlexTensor, FlexTensor) = backward(attention::backward_reference::<Flex>);
             assert_close(&format!("{what}: dq"), &ours.0, &plain.0, F32);
             assert_close(&format!("{what}: dk"), &ours.1, &plain.1, F32);
@@ -147,7 +161,7 @@ fn a_row_that_sees_nothing_gives_zeros() {
     let shape = (1, 70, 70, 2, 1, 4);
     let [q, k, v] = inputs(&mut random, shape, View::Packed);
     let ranges = Mask::Nothing.ranges(1, 70, 70);
-    let (out, _) = Flex::range_attention(q, k, v, ranges, 0.5, 0.0);
+    let (out, _) = Flex::range_attention(q, k, v, ranges, 0.5, 0.0, Default::default());
     assert_eq!(values_of(&out), vec![0.0; 70 * 2 * 4]);
 }
 
@@ -156,10 +170,25 @@ fn a_row_that_sees_nothing_gives_zeros() {
 fn packed_documents_do_not_see_each_other() {
     let mut random = Random::new(4);
     let [q, k, v] = inputs(&mut random, (1, 80, 80, 2, 1, 8), View::Packed);
-    let (packed, _) =
-        Flex::range_attention(q.clone(), k.clone(), v.clone(), Mask::Packed(40).ranges(1, 80, 80), 0.35, 0.0);
+    let (packed, _) = Flex::range_attention(
+        q.clone(),
+        k.clone(),
+        v.clone(),
+        Mask::Packed(40).ranges(1, 80, 80),
+        0.35,
+        0.0,
+        Default::default(),
+    );
     let second = |x: FlexTensor| x.narrow(1, 40, 40);
-    let (alone, _) = Flex::range_attention(second(q), second(k), second(v), Mask::Causal.ranges(1, 40, 40), 0.35, 0.0);
+    let (alone, _) = Flex::range_attention(
+        second(q),
+        second(k),
+        second(v),
+        Mask::Causal.ranges(1, 40, 40),
+        0.35,
+        0.0,
+        Default::default(),
+    );
     assert_close("second document", &second(packed), &alone, F32);
 }
 
@@ -172,7 +201,7 @@ fn only_trained_operands_get_gradients() {
         let tracked = [i == 0, i == 1, i == 2];
         let (_, grads) = differentiate(&inputs, &tracked, &dy, |x| {
             let [q, k, v] = [0, 1, 2].map(|i| x[i].clone());
-            Tape::range_attention(q, k, v, Tape::int_from_inner(ranges.clone()), 0.5, 0.0).0
+            Tape::range_attention(q, k, v, Tape::int_from_inner(ranges.clone()), 0.5, 0.0, Default::default()).0
         });
         assert_eq!([grads[0].is_some(), grads[1].is_some(), grads[2].is_some()], tracked);
     }
@@ -183,7 +212,15 @@ fn only_trained_operands_get_gradients() {
 fn refuses_values_of_another_length_than_keys() {
     let mut random = Random::new(6);
     let [q, k, _] = inputs(&mut random, (1, 5, 5, 2, 1, 4), View::Packed);
-    Flex::range_attention(q, k, random.tensor(&[1, 4, 1, 4]), Mask::Causal.ranges(1, 5, 5), 0.5, 0.0);
+    Flex::range_attention(
+        q,
+        k,
+        random.tensor(&[1, 4, 1, 4]),
+        Mask::Causal.ranges(1, 5, 5),
+        0.5,
+        0.0,
+        Default::default(),
+    );
 }
 
 #[test]
@@ -191,5 +228,39 @@ fn refuses_values_of_another_length_than_keys() {
 fn refuses_ranges_of_another_length_than_queries() {
     let mut random = Random::new(7);
     let [q, k, v] = inputs(&mut random, (1, 5, 5, 2, 1, 4), View::Packed);
-    Flex::range_attention(q, k, v, Mask::Causal.ranges(1, 4, 5), 0.5, 0.0);
+    Flex::range_attention(q, k, v, Mask::Causal.ranges(1, 4, 5), 0.5, 0.0, Default::default());
+}
+
+/// A band holds the ranges of a causal mask and of a window; the results do not change with it.
+#[test]
+fn a_promised_band_changes_nothing() {
+    let mut random = Random::new(8);
+    let [q, k, v] = inputs(&mut random, (1, 5, 9, 2, 1, 4), View::Packed);
+    let run = |window: i32, keys| {
+        let ranges = (0..5).flat_map(|i| [(i + 5 - window).max(0), i + 5]).collect::<Vec<i32>>();
+        let ranges = integers(&ranges, &[1, 5, 2]);
+        let hints = AttentionHints { keys, ..Default::default() };
+        values_of(&Flex::range_attention(q.clone(), k.clone(), v.clone(), ranges, 0.5, 0.0, hints).0)
+    };
+    for (window, known) in [(9, None), (3, Some(3))] {
+        assert_eq!(run(window, KnownKeys::Unknown), run(window, KnownKeys::Band { offset: 4, window: known }));
+    }
+}
+
+#[test]
+#[should_panic(expected = "`ranges` reach beyond")]
+fn refuses_ranges_beyond_the_promised_band() {
+    let mut random = Random::new(9);
+    let [q, k, v] = inputs(&mut random, (1, 5, 5, 2, 1, 4), View::Packed);
+    let hints = AttentionHints { keys: KnownKeys::Band { offset: 0, window: Some(2) }, ..Default::default() };
+    Flex::range_attention(q, k, v, Mask::Causal.ranges(1, 5, 5), 0.5, 0.0, hints);
+}
+
+#[test]
+fn a_band_is_the_union_over_its_queries() {
+    let causal = KnownKeys::Band { offset: 0, window: None };
+    assert_eq!([causal.of(0..4, 10), causal.of(8..12, 10)], [0..4, 0..10]);
+    let window = KnownKeys::Band { offset: 5, window: Some(3) };
+    assert_eq!([window.of(0..1, 10), window.of(2..4, 10), window.of(20..22, 10)], [3..6, 5..9, 10..10]);
+    assert_eq!(KnownKeys::Unknown.of(2..3, 10), 0..10);
 }

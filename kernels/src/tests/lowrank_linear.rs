@@ -3,6 +3,7 @@ use burn::backend::tensor::FloatTensor;
 use super::{
     F32, Random, Tape, VIEWS, assert_close, assert_same_gradients, differentiate, leaves, other_owners, place,
 };
+use crate::merged_linear::Tracked;
 use crate::plain::Plain;
 use crate::{LowRankOps, Maybe};
 
@@ -143,8 +144,41 @@ fn a_zero_up_leaves_the_base_product_to_the_bit() {
 }
 
 #[test]
+fn a_shift_is_the_layer_of_an_identity() {
+    let mut random = Random::new(6);
+    for (t, d, r) in [(32, 24, 4), (5, 7, 9), (1, 1, 1)] {
+        let inputs = [random.tensor(&[t, d]), random.tensor(&[d, r]), random.tensor(&[r, d])];
+        let dy = random.tensor(&[t, d]);
+        let plain = |x: &[FloatTensor<Tape>]| {
+            let [x, down, up] = [0, 1, 2].map(|i| Plain::<Tape>(x[i].clone()));
+            (x.clone() + x.matmul(down).matmul(up) * SCALE).0
+        };
+        let ours = |x: &[FloatTensor<Tape>]| Tape::lowrank_shift(x[0].clone(), x[1].clone(), x[2].clone(), SCALE);
+        assert_same_gradients(&format!("{t} {d} {r}"), &inputs, &dy, F32, ours, plain);
+    }
+}
+
+/// V is kept where it is no larger than x, and then neither W nor a factor that serves V alone; else those are kept.
+#[test]
+fn a_merged_layer_keeps_v_or_its_parts() {
+    let mut random = Random::new(7);
+    let (w, down, up) = (random.tensor(&[6, 7]), random.tensor(&[6, 6]), random.tensor(&[6, 7]));
+    for (t, parts) in [(40, false), (6, true)] {
+        let x = random.tensor(&[t, 6]);
+        let input = leaves(&[x.clone(), down.clone(), up.clone()], &[true, true, false]);
+        let case = Case { w: w.clone(), mask: None, scale: 1.0 };
+        assert!(crate::merged_linear::is_cheaper(t, 6, 7, 6, Tracked { x: true, down: true, up: false }));
+        let out = case.ours(&input);
+        drop((input, case));
+        let kept = [&w, &down, &up, &x].map(|tensor| other_owners(tensor) > 0);
+        assert_eq!(kept, [parts, parts, true, true], "{t} rows");
+        drop(out);
+    }
+}
+
+#[test]
 fn the_cheaper_route_follows_the_flops() {
-    use crate::merged_linear::{Tracked, is_cheaper};
+    use crate::merged_linear::is_cheaper;
     let lora = Tracked { x: true, down: true, up: true };
     assert!(!is_cheaper(2048, 576, 576, 16, lora));
     assert!(is_cheaper(2048, 576, 576, 576, Tracked { down: false, ..lora }));

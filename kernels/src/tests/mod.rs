@@ -8,6 +8,8 @@
 
 mod adamw;
 mod attention;
+mod block_rotation;
+mod column_scale;
 mod cross_entropy;
 mod gated;
 mod gemm;
@@ -19,6 +21,7 @@ mod projected_linear;
 mod reduce;
 mod rms_norm;
 mod rotary;
+mod scaled_basis;
 mod stochastic_round;
 mod threads;
 

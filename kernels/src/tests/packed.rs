@@ -7,10 +7,10 @@ use super::{
     F32, Random, Tape, VIEWS, View, assert_close, assert_same_gradients, differentiate, integers, leaves, other_owners,
     place, values_of,
 };
-use crate::packed::{Format, Layout, Nested, PackedParts, Scales, reference, scales, words};
+use crate::packed::{Format, Layout, Nested, Order, PackedParts, Scales, reference, scales, words};
 use crate::{LowRankOps, Maybe, Packed};
 
-/// A packed weight and the values that its codes stand for, `[d_out, d_in]`.
+/// A packed weight and the values that its codes stand for, in the order in which they are flattened.
 struct Case {
     name: String,
     parts: PackedParts<Flex>,
@@ -29,8 +29,19 @@ fn codes(random: &mut Random, count: usize, bits: usize) -> (Vec<i32>, Vec<usize
 
 impl Case {
     fn new(random: &mut Random, format: Format, block: usize, nested: Option<usize>, dims: [usize; 2]) -> Self {
+        Self::ordered(random, format, block, nested, dims, Order::Outputs)
+    }
+
+    fn ordered(
+        random: &mut Random,
+        format: Format,
+        block: usize,
+        nested: Option<usize>,
+        dims: [usize; 2],
+        order: Order,
+    ) -> Self {
         let nested = nested.map(|block| Nested { block, offset: 0.7 });
-        let layout = Layout { format, block, dims, nested };
+        let layout = Layout { format, block, dims, order, nested };
         let (blocks, len) = (layout.blocks(), layout.len());
         let vector = |values: &[f32]| place(values, &[values.len()], View::Packed);
         let (code_words, codes_) = codes(random, len, format.bits());
@@ -63,12 +74,21 @@ impl Case {
             }
         };
         let values = (0..len).map(value).collect();
-        Self { name: format!("{format:?} {block} {nested:?} {dims:?}"), parts, values }
+        Self { name: format!("{format:?} {block} {nested:?} {dims:?} {order:?}"), parts, values }
     }
 
-    fn dense(&self) -> FlexTensor {
-        let [d_in, d_out] = self.parts.layout().dims;
-        place(&self.values, &[d_out, d_in], View::Packed)
+    /// The flattened matrix.
+    fn stored(&self) -> FlexTensor {
+        place(&self.values, &self.parts.layout().stored(), View::Packed)
+    }
+
+    /// W, `[d_in, d_out]`.
+    fn weight(&self) -> FlexTensor {
+        use burn::backend::ops::FloatTensorOps;
+        match self.parts.layout().order {
+            Order::Outputs => Flex::float_transpose(self.stored()),
+            Order::Inputs => self.stored(),
+        }
     }
 
     fn on_tape(&self) -> PackedParts<Tape> {
@@ -93,12 +113,11 @@ impl Case {
 
     /// `[d_in, d_out]` as a constant of the tape.
     fn constant(&self) -> FloatTensor<Tape> {
-        use burn::backend::ops::FloatTensorOps;
-        <Tape as AutodiffBackend>::from_inner(Flex::float_transpose(self.dense()))
+        <Tape as AutodiffBackend>::from_inner(self.weight())
     }
 }
 
-/// Every format; blocks that straddle rows, a short last block, one output, one value, rows that end inside a word.
+/// Every format, both orders; blocks that straddle rows, a short last block, one output, one value, rows that end inside a word.
 fn cases(random: &mut Random) -> Vec<Case> {
     let kinds = [
         (Format::Nf4, 64, None),
@@ -109,25 +128,29 @@ fn cases(random: &mut Random) -> Vec<Case> {
         (Format::Int4, 64, None),
     ];
     let dims = [[64, 8], [70, 5], [96, 33], [200, 129], [3, 1], [1, 1], [1, 40], [257, 3]];
-    let case = |((format, block, nested), dims)| Case::new(random, format, block, nested, dims);
-    kinds.into_iter().flat_map(|kind| dims.map(|dims| (kind, dims))).map(case).collect()
+    let all = kinds.into_iter().flat_map(|kind| dims.map(|dims| (kind, dims)));
+    all.flat_map(|((format, block, nested), dims)| {
+        let mut case = |order| Case::ordered(random, format, block, nested, dims, order);
+        [case(Order::Outputs), case(Order::Inputs)]
+    })
+    .collect()
 }
 
 #[test]
 fn values_are_those_of_the_codes_on_both_routes() {
     for case in cases(&mut Random::new(1)) {
-        let [_, d_out] = case.parts.layout().dims;
-        let all = case.dense();
-        let got = Flex::dequantise(case.parts.clone(), 0, d_out, FloatDType::F32);
+        let [count, cols] = case.parts.layout().stored();
+        let all = case.stored();
+        let got = Flex::dequantise(case.parts.clone(), 0, count, FloatDType::F32);
         assert_eq!(values_of(&got), case.values, "{}", case.name);
-        let plain = reference::dequantise::<Flex>(&case.parts, 0, d_out, FloatDType::F32);
+        let plain = reference::dequantise::<Flex>(&case.parts, 0, count, FloatDType::F32);
         assert_eq!(values_of(&plain), case.values, "{} by the reference", case.name);
-        let (first, rows) = (d_out / 3, d_out - d_out / 3);
+        let (first, rows) = (count / 3, count - count / 3);
         let some = Flex::dequantise(case.parts.clone(), first, rows, FloatDType::BF16);
         let plain = reference::dequantise::<Flex>(&case.parts, first, rows, FloatDType::BF16);
         assert_eq!((some.dtype(), values_of(&some)), (DType::BF16, values_of(&plain)), "{}", case.name);
         let low = super::cast(&all, DType::BF16);
-        assert_eq!(values_of(&some), values_of(&low)[first * case.parts.layout().dims[0]..], "{}", case.name);
+        assert_eq!(values_of(&some), values_of(&low)[first * cols..], "{}", case.name);
     }
 }
 
@@ -159,20 +182,22 @@ fn products_and_gradients_are_those_of_the_dense_weight() {
 #[test]
 fn panels_make_up_the_whole() {
     let mut random = Random::new(3);
-    for (format, nested, dims) in
-        [(Format::Nf4, Some(256), [1001, 600]), (Format::Int4, None, [40_003, 35]), (Format::Int8, None, [8192, 65])]
-    {
-        let case = Case::new(&mut random, format, 64, nested, dims);
+    let kinds = [
+        (Format::Nf4, Some(256), [1001, 600], Order::Outputs),
+        (Format::Int4, None, [40_003, 35], Order::Outputs),
+        (Format::Int8, None, [8192, 65], Order::Outputs),
+        (Format::Int8, None, [601, 1001], Order::Inputs),
+        (Format::Int4, None, [35, 40_003], Order::Inputs),
+    ];
+    for (format, nested, dims, order) in kinds {
+        let case = Case::ordered(&mut random, format, 64, nested, dims, order);
         let [d_in, d_out] = dims;
         // Of the size of a weight after training, so that the sums are of order one.
         let x = random.tensor(&[3, d_in]);
         let (dy, bias) = (random.tensor(&[3, d_out]), random.tensor(&[d_out]));
-        let dense = burn::backend::Flex::dense_linear(
-            x.clone(),
-            <Flex as burn::backend::ops::FloatTensorOps<Flex>>::float_transpose(case.dense()),
-            Maybe::Given(bias.clone()),
-        );
-        let dx = Flex::gemm(dy.clone(), case.dense(), Maybe::Absent, 1.0);
+        let dense = Flex::dense_linear(x.clone(), case.weight(), Maybe::Given(bias.clone()));
+        let transposed = <Flex as burn::backend::ops::FloatTensorOps<Flex>>::float_transpose(case.weight());
+        let dx = Flex::gemm(dy.clone(), transposed, Maybe::Absent, 1.0);
         let got = Flex::packed_linear(x.clone(), case.parts.clone(), Maybe::Given(bias.clone()));
         assert_close(&format!("{} y", case.name), &got, &dense, F32);
         let got = Flex::packed_linear_backward(dy.clone(), case.parts.clone());
@@ -181,6 +206,58 @@ fn panels_make_up_the_whole() {
         assert_close(&format!("{} y by the reference", case.name), &got, &dense, F32);
         let got = reference::input_gradient::<Flex>(dy, case.parts.clone(), 100_000);
         assert_close(&format!("{} dx by the reference", case.name), &got, &dx, F32);
+    }
+}
+
+/// A trained weight that is held as codes: everything as with the dense weight, but that the gradient arrives at a placeholder.
+#[test]
+fn collected_gradients_of_codes_are_those_of_the_dense_weight() {
+    let mut random = Random::new(7);
+    let (tokens, r) = (6, 3);
+    for order in [Order::Outputs, Order::Inputs] {
+        let case = Case::ordered(&mut random, Format::Int8, 32, None, [40, 21], order);
+        let inputs = [random.tensor(&[tokens, 40]), case.weight(), random.tensor(&[21])];
+        let dy = random.tensor(&[tokens, 21]);
+        let constant = |dims: &[usize], random: &mut Random| <Tape as AutodiffBackend>::from_inner(random.tensor(dims));
+        let (left, right) = (constant(&[40, r], &mut random), constant(&[21, r], &mut random));
+        let up = constant(&[r, 21], &mut random);
+        for (sides, keep) in [(0, 1.0), (1, 1.0), (2, 1.0), (3, 1.0), (1, 0.8), (3, 0.8)] {
+            let part = |given: bool, tensor: &FloatTensor<Tape>| Maybe::from_option(given.then(|| tensor.clone()));
+            let (p, q) = (|| part(sides & 1 > 0, &left), || part(sides & 2 > 0, &right));
+            let pending = || part(keep != 1.0, &up);
+            // The placeholder is the dense weight: only its node is used.
+            assert_same_gradients(
+                &format!("{} {sides} {keep}", case.name),
+                &inputs,
+                &dy,
+                F32,
+                |x| {
+                    let ([x, slot], bias) = ([0, 1].map(|i| x[i].clone()), Maybe::Given(x[2].clone()));
+                    Tape::packed_projected_linear(x, case.on_tape(), bias, p(), q(), pending(), keep, slot)
+                },
+                |x| {
+                    let ([x, w], bias) = ([0, 1].map(|i| x[i].clone()), Maybe::Given(x[2].clone()));
+                    Tape::projected_linear(x, w, bias, p(), q(), pending(), keep)
+                },
+            );
+        }
+        let slots = [inputs[0].clone(), dy.clone(), dy.clone()];
+        assert_same_gradients(
+            &format!("{} factors", case.name),
+            &slots,
+            &dy,
+            F32,
+            |x| {
+                let [x, a, b] = [0, 1, 2].map(|i| x[i].clone());
+                let none = || Maybe::Absent;
+                Tape::packed_factored_linear(x, case.on_tape(), none(), none(), none(), 1.0, a, b)
+            },
+            |x| {
+                let [x, a, b] = [0, 1, 2].map(|i| x[i].clone());
+                let none = || Maybe::Absent;
+                Tape::factored_linear(x, case.constant(), none(), none(), none(), 1.0, a, b)
+            },
+        );
     }
 }
 
@@ -241,7 +318,7 @@ fn the_input_is_not_saved_and_low_precision_inputs_keep_their_type() {
 fn tensors_on_a_plain_device_serve_inputs_on_the_tape() {
     let mut random = Random::new(6);
     let device = Device::flex();
-    let layout = Layout { format: Format::Int8, block: 32, dims: [5, 7], nested: None };
+    let layout = Layout { format: Format::Int8, block: 32, dims: [5, 7], order: Order::Outputs, nested: None };
     let (code_words, _) = codes(&mut random, layout.len(), 8);
     let (zero, _) = codes(&mut random, layout.blocks(), 8);
     let affine = Scales::Affine { scale: scales(random.values(layout.blocks()), &device), zero: words(zero, &device) };
@@ -265,7 +342,7 @@ fn tensors_on_a_plain_device_serve_inputs_on_the_tape() {
 #[should_panic(expected = "words of codes")]
 fn too_few_codes_are_refused() {
     let device = Device::flex();
-    let layout = Layout { format: Format::Nf4, block: 64, dims: [16, 4], nested: None };
+    let layout = Layout { format: Format::Nf4, block: 64, dims: [16, 4], order: Order::Outputs, nested: None };
     let table = Scales::Table { table: scales(vec![0.0; 16], &device), scale: scales(vec![1.0], &device) };
     Packed::new(layout, words(vec![0; 7], &device), table);
 }

@@ -6,7 +6,10 @@ use burn::tensor::DType;
 use burn_flex::FlexTensor;
 
 use super::{Random, cast, error, integers};
-use crate::{Activation, LowRankOps, Maybe, attention, cross_entropy, gated, gemm, rms_norm, rotary};
+use crate::{
+    Activation, AttentionHints, LowRankOps, Maybe, attention, block_rotation, column_scale, cross_entropy, gated, gemm,
+    rms_norm, rotary,
+};
 
 /// Of f32: where the plain version happens to round exactly.
 const A_FEW_ULPS: f64 = 5e-7;
@@ -67,6 +70,40 @@ fn rms_norm_is_as_exact_as_the_plain_version() {
 }
 
 #[test]
+fn column_scale_is_as_exact_as_the_plain_version() {
+    let mut random = Random::new(7);
+    let inputs = [random.tensor(&[33, 200]), random.tensor(&[200]), random.tensor(&[33, 200])];
+    assert_precise(
+        "column_scale",
+        inputs,
+        |[z, c, dy]| {
+            let (y, kept) = Flex::column_scale(z, c.clone(), Maybe::Absent);
+            let (dz, dc) = Flex::column_scale_backward(kept, c, dy, false);
+            vec![y, dz, dc]
+        },
+        |[z, c, dy]| {
+            let (y, kept) = column_scale::reference::<Flex>(z, c.clone(), None);
+            let (dz, dc) = column_scale::backward_reference::<Flex>(kept, c, dy);
+            vec![y, dz, dc]
+        },
+    );
+}
+
+#[test]
+fn block_rotation_is_as_exact_as_the_plain_version() {
+    let mut random = Random::new(8);
+    assert_precise(
+        "block_rotation",
+        [random.tensor(&[33, 24]), random.tensor(&[3, 8, 8]), random.tensor(&[33, 24])],
+        |[x, turn, dy]| vec![Flex::block_rotation(x.clone(), turn), Flex::block_rotation_gradient(x, dy, 8)],
+        |[x, turn, dy]| {
+            let gradient = block_rotation::gradient_reference::<Flex>(x.clone(), dy, 8);
+            vec![block_rotation::reference::<Flex>(x, turn), gradient]
+        },
+    );
+}
+
+#[test]
 fn rotary_is_as_exact_as_the_plain_version() {
     let mut random = Random::new(3);
     let (cos, sin) = (random.tensor(&[10, 8]), random.tensor(&[10, 8]));
@@ -122,8 +159,9 @@ fn attention_is_as_exact_as_the_plain_version() {
         "attention",
         [q, k, v, random.tensor(&[2, 70, 4, 16])],
         |[q, k, v, dy]| {
-            let (out, lse) = Flex::range_attention(q.clone(), k.clone(), v.clone(), ranges.clone(), 0.25, 0.0);
-            let grads = Flex::range_attention_backward(q, k, v, out.clone(), lse, dy, ranges.clone(), 0.25, 0.0);
+            let (ranges, hints) = (ranges.clone(), AttentionHints::default());
+            let (out, lse) = Flex::range_attention(q.clone(), k.clone(), v.clone(), ranges.clone(), 0.25, 0.0, hints);
+            let grads = Flex::range_attention_backward(q, k, v, out.clone(), lse, dy, ranges, 0.25, 0.0, hints);
             [vec![out], three(grads)].concat()
         },
         |[q, k, v, dy]| {

@@ -5,7 +5,7 @@ use burn_flex::FlexTensor;
 
 use super::{Random, View, integers, values_of};
 use crate::adamw::AdamW;
-use crate::{Activation, LowRankOps, Maybe};
+use crate::{Activation, AttentionHints, LowRankOps, Maybe};
 
 #[track_caller]
 fn assert_same_bits(what: &str, operation: impl Fn() -> Vec<FlexTensor> + Sync) {
@@ -55,6 +55,25 @@ fn row_operations() {
         let (dx, d_gamma) = Flex::rms_norm_backward(x.clone(), gamma.clone(), y.clone(), 1e-5, 0.0);
         vec![Flex::rms_norm(x.clone(), gamma.clone(), 1e-5, 0.0), dx, d_gamma]
     });
+    assert_same_bits("column_scale", || {
+        let (y, kept) = Flex::column_scale(x.clone(), gamma.clone(), Maybe::Absent);
+        let (dz, dc) = Flex::column_scale_backward(kept, gamma.clone(), z.clone(), false);
+        vec![y, dz, dc]
+    });
+    let (wide, turn) = (random.tensor(&[600, 96]), random.tensor(&[3, 32, 32]));
+    assert_same_bits("block_rotation", || {
+        vec![
+            Flex::block_rotation(wide.clone(), turn.clone()),
+            Flex::block_rotation_gradient(wide.clone(), wide.clone(), 32),
+        ]
+    });
+    let (basis, lambda, scales) = (random.tensor(&[16, 577]), random.tensor(&[16, 36]), random.tensor(&[36, 577]));
+    let d_basis = random.tensor(&[576, 577]);
+    assert_same_bits("scaled_basis", || {
+        let (d_lambda, d_scales) =
+            Flex::scaled_basis_backward(basis.clone(), lambda.clone(), scales.clone(), d_basis.clone());
+        vec![Flex::scaled_basis(basis.clone(), lambda.clone(), scales.clone()), d_lambda, d_scales]
+    });
     for act in [Activation::Silu, Activation::GeluTanh, Activation::Gelu] {
         assert_same_bits("gated", || {
             let (d_gate, d_up) = Flex::gated_backward(x.clone(), y.clone(), z.clone(), act);
@@ -87,9 +106,10 @@ fn attention() {
     let ranges = integers(&causal, &[2, 150, 2]);
     assert_same_bits("attention", || {
         let (q, k, v, ranges) = (q.clone(), k.clone(), v.clone(), ranges.clone());
-        let (out, lse) = Flex::range_attention(q.clone(), k.clone(), v.clone(), ranges.clone(), 0.25, 0.0);
+        let hints = AttentionHints::default();
+        let (out, lse) = Flex::range_attention(q.clone(), k.clone(), v.clone(), ranges.clone(), 0.25, 0.0, hints);
         let (dq, dk, dv) =
-            Flex::range_attention_backward(q, k, v, out.clone(), lse.clone(), dy.clone(), ranges, 0.25, 0.0);
+            Flex::range_attention_backward(q, k, v, out.clone(), lse.clone(), dy.clone(), ranges, 0.25, 0.0, hints);
         vec![out, lse, dq, dk, dv]
     });
 }

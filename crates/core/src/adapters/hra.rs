@@ -11,17 +11,17 @@
 //! | --- | --- | --- |
 //! | u_i | columns of `vectors` | `[d_in, r]` |
 //!
-//! Trained: `r d_in` values. The adapter acts on x, so any base works and no dense matrix is formed: `4 t d_in r` flops beside
-//! the base; kept for the backward pass: x and `x V`. The reference multiplies r dense `[d_in, d_in]` matrices in every forward
-//! pass. T comes from [`inverse`]: with its derivative, without a power series. V and T are f32; products with x have the type
-//! of x.
+//! Trained: `r d_in` values. The adapter acts on x, so any base works and no dense matrix is formed: `4 t d_in r` flops
+//! beside the base ([`kernels::lowrank_shift`]), twice that in the backward pass; saved: x and `x V`. The reference
+//! multiplies r dense `[d_in, d_in]` matrices in every forward pass. T comes from [`inverse`]: with its derivative, without
+//! a power series. V and T are f32; products with x have the type of x.
 //!
 //! Start: pairs of equal columns, `U(+-1 / sqrt(r / 2))`, whose reflections cancel, so the first output is the base's up to
 //! rounding. An odd r cannot cancel and starts at random, as in the reference: the start is then a reflection of W. So does
 //! Gram-Schmidt, where the second column of a pair would be 0 / 0 (the reference starts it from rounding noise).
 //!
-//! Gram-Schmidt enters only by its projector `Q Q^T = V (V^T V)^-1 V^T`, which does not depend on the order of the columns; so
-//! no loop over them is on the tape. All singular values and column norms of `W'` are those of W.
+//! Gram-Schmidt enters only by its projector `Q Q^T = V (V^T V)^-1 V^T`, which does not depend on the order of the columns;
+//! so no loop over them is on the tape. All singular values and column norms of `W'` are those of W.
 
 use burn::module::{Module, Param};
 use burn::tensor::{FloatDType, Tensor};
@@ -125,8 +125,8 @@ impl Hra {
     pub fn forward(&self, x: Tensor<2>, weight: Weight, bias: Option<Tensor<1>>, _training: bool) -> Tensor<2> {
         let dtype = x.dtype().into();
         let (v, turned) = self.factors();
-        let x = x.clone() - x.matmul(cast(v, dtype)).matmul(cast(turned, dtype));
-        kernels::linear(x, weight, bias)
+        let reflected = kernels::lowrank_shift(x, cast(v, dtype), cast(turned, dtype), -1.0);
+        kernels::linear(reflected, weight, bias)
     }
 
     /// `R W` in f32.

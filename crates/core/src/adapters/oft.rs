@@ -11,17 +11,21 @@
 //! | --- | --- | --- |
 //! | `Q_i` | row i of `weight` | `[d_in / b, b (b - 1) / 2]`, one row where blocks are shared |
 //!
-//! Trained: `d_in (b - 1) / 2` values. Start: 0, so the first output is the base's to the bit. The adapter acts on x, so any base
-//! works: `2 t d_in b` flops, and `2 (k - 2) d_in b^2` for the powers. It is added as `x + x (R - I)`, so that bf16 activations
-//! lose nothing of a small rotation.
+//! Trained: `d_in (b - 1) / 2` values. Start: 0, so the first output is the base's to the bit. The adapter acts on x, so
+//! any base works. It is added as `x + x (R - I)` ([`kernels::block_rotation`]), so that bf16 activations lose nothing of a
+//! small rotation.
 //!
-//! The two forms turn in opposite directions: the series is that of `(I + Q)(I - Q)^-1`. peft has both signs so, and an adapter
-//! trained with one form means something else with the other. The series with 5 terms is orthogonal up to `2 |Q|^4`.
+//! Cost beside the base: `2 t d_in b` flops each for y, dx and dR, `2 (k - 2) d_in b^2` for the powers of Q, one write of x
+//! forward and one of dx backward. Saved: x `[t, d_in]` and the powers, `(k - 1) d_in b` values.
 //!
-//! Constrained OFT keeps every block's Q in the ball `||Q||_F <= eps / sqrt(blocks)`: [`Oft::forward`] acts by the nearest such
-//! Q and passes the gradient through, and [`Oft::constrained`] puts the weight itself there, as the reference does before each
-//! forward pass. The reference replaces a block size that does not divide `d_in`; here that is an error. Its dropout of blocks
-//! never acts on linear layers and is left out.
+//! The two forms turn in opposite directions: the series is that of `(I + Q)(I - Q)^-1`. peft has both signs so, and an
+//! adapter trained with one form means something else with the other. The series with 5 terms is orthogonal up to
+//! `2 |Q|^4`.
+//!
+//! Constrained OFT keeps every block's Q in the ball `||Q||_F <= eps / sqrt(blocks)`: [`Oft::forward`] acts by the nearest
+//! such Q and passes the gradient through, and [`Oft::constrained`] puts the weight itself there, as the reference does
+//! before each forward pass. The reference replaces a block size that does not divide `d_in`; here that is an error. Its
+//! dropout of blocks never acts on linear layers and is left out.
 
 use burn::module::{Module, Param};
 use burn::tensor::{FloatDType, Int, Tensor, TensorData};
@@ -190,13 +194,12 @@ impl Oft {
     pub fn forward(&self, x: Tensor<2>, weight: Weight, bias: Option<Tensor<1>>, _training: bool) -> Tensor<2> {
         let ([t, d_in], b) = (x.dims(), self.block);
         let turn = cast(self.turn(), x.dtype().into());
-        let moved = if turn.dims()[0] == 1 {
-            x.clone().reshape([t * d_in / b, b]).matmul(turn.reshape([b, b])).reshape([t, d_in])
-        } else {
-            let blocks = x.clone().reshape([t, d_in / b, b]).swap_dims(0, 1);
-            blocks.matmul(turn).swap_dims(0, 1).reshape([t, d_in])
+        let turned = match turn.dims()[0] {
+            // Shared: every piece of b values is a row.
+            1 => kernels::block_rotation(x.reshape([t * d_in / b, b]), turn).reshape([t, d_in]),
+            _ => kernels::block_rotation(x, turn),
         };
-        kernels::linear(x + moved, weight, bias)
+        kernels::linear(turned, weight, bias)
     }
 
     /// `R W` in f32.

@@ -53,7 +53,7 @@ pub struct Svd {
 /// The values of a tensor on the host, row by row.
 pub fn host(t: Tensor<2>) -> Vec<f32> {
     let data = cast(t, FloatDType::F32).into_data();
-    data.try_to_vec::<f32>().unwrap_or_else(|_| unreachable!("cast to f32 just before"))
+    data.try_into_vec::<f32>().unwrap_or_else(|_| unreachable!("cast to f32 just before"))
 }
 
 /// The leading `min(rank, m, n)` singular triples of `g`, exact to f32.

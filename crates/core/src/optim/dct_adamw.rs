@@ -309,7 +309,7 @@ impl MatrixOptimizer for DctAdamW {
             _ if !self.config.projected => Gradient::Full,
             Some((first, _)) if !self.is_selecting => {
                 let Basis { left, right } = self.basis(&first.device());
-                Gradient::Projected { left, right, pending: None }
+                Gradient::Projected { left: left.map(Into::into), right: right.map(Into::into), pending: None }
             }
             _ => Gradient::factors(),
         }
@@ -430,8 +430,11 @@ impl DctAdamW {
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
+    use burn::tensor::FloatDType;
+
     use super::super::host_oracle::{Host, RULE, assert_resumes, device, random};
     use super::*;
+    use crate::Directions;
 
     fn optimizer(config: &DctAdamWConfig, dims: [usize; 2]) -> DctAdamW {
         DctAdamW::new(config.clone(), "w", 3, dims, DctBases::default())
@@ -592,7 +595,9 @@ mod tests {
                     let part = match &collect {
                         Gradient::Factors { .. } => projected.observe(x, dy),
                         Gradient::Projected { left, right, .. } => {
-                            let basis = Basis { left: left.clone(), right: right.clone() };
+                            let values =
+                                |side: &Option<Directions>| side.as_ref().map(|side| side.values(FloatDType::F32));
+                            let basis = Basis { left: values(left), right: values(right) };
                             basis.project(g.clone())
                         }
                         Gradient::Full => unreachable!("projected"),
@@ -654,6 +659,7 @@ mod tests {
             let Gradient::Projected { left: Some(left), right: None, .. } = dct.collect(1) else {
                 unreachable!("no refresh")
             };
+            let left = left.values(FloatDType::F32);
             let low = kernels::gemm(left.transpose(), random(4, 4, 6), None, 1.0);
             results.push(linalg::host(dct.step(weight.clone(), low, RULE)));
         }

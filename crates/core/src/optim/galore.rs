@@ -32,13 +32,15 @@
 
 use std::time::Instant;
 
-use burn::tensor::{Device, Tensor};
-use lowrank_kernels as kernels;
+use burn::tensor::{Device, FloatDType, Tensor};
+use lowrank_kernels::packed::Order;
+use lowrank_kernels::{self as kernels, Weight};
 
-use super::q_galore::{LazyGap, Quantised};
+use super::q_galore::{self, LazyGap, Quantised};
 use super::rules::{Rule, RuleConfig};
 use super::subspace::{Basis, ProjType, Side};
 use super::{MatrixOptimizer, Report, State, StepRule};
+use crate::directions::Directions;
 use crate::linalg;
 use crate::projection::Gradient;
 
@@ -132,7 +134,7 @@ pub struct GaloreConfig {
     pub moments: Moments,
     /// When updates reach the weight.
     pub merge: Merge,
-    /// Q-GaLore: basis in int4, lazy refreshes.
+    /// Q-GaLore: basis held in 4 bits, lazy refreshes.
     pub quantised: Option<Quantised>,
     /// Tokens of a micro batch, for `proj_type = auto`.
     pub tokens: usize,
@@ -188,8 +190,8 @@ pub struct Galore {
     /// Added to the step before it is compared with the gap, so that matrices refresh at different steps.
     offset: u64,
     rule: Box<dyn Rule>,
-    /// The basis, then the columns of the norm's sketch.
-    collected: Option<Basis>,
+    /// P and Q: the basis, then the columns of the norm's sketch.
+    collected: Option<[Option<Directions>; 2]>,
     /// Steps done.
     step: u64,
     refreshes: u64,
@@ -247,11 +249,11 @@ impl Galore {
         self.side
     }
 
-    /// The basis in use: the first r columns of what is collected.
+    /// The basis in use: the first r columns of what is collected, in f32.
     pub fn basis(&self) -> Option<Basis> {
-        let first = |widened: &Tensor<2>| widened.clone().slice([0..widened.dims()[0], 0..self.rank]);
-        let Basis { left, right } = self.collected.as_ref()?;
-        Some(Basis { left: left.as_ref().map(first), right: right.as_ref().map(first) })
+        let [left, right] = self.collected.as_ref()?;
+        let values = |side: &Option<Directions>| side.as_ref().map(|directions| directions.basis(self.rank));
+        Some(Basis { left: values(left), right: values(right) })
     }
 
     fn gap(&self) -> u64 {
@@ -401,33 +403,37 @@ impl Galore {
 
     /// Quantises the basis where the method does, and adds the columns of the norm's sketch.
     fn set(&mut self, basis: Basis) {
-        let basis = match (&self.config.quantised, &mut self.lazy) {
+        let held = match (&self.config.quantised, &mut self.lazy) {
             (Some(quantised), Some(lazy)) => {
                 lazy.watch(quantised, basis.left.as_ref().or(basis.right.as_ref()));
-                quantised.round_trip(basis)
+                quantised.pack(basis).map(|side| side.map(Weight::Packed))
             }
-            _ => basis,
+            _ => [basis.left, basis.right].map(|side| side.map(Weight::Dense)),
         };
-        self.use_basis(basis);
+        self.use_basis(held);
     }
 
-    fn use_basis(&mut self, basis: Basis) {
+    fn use_basis(&mut self, basis: [Option<Weight>; 2]) {
         let columns = self.sketch_columns();
-        let widened = |basis: &Option<Tensor<2>>, purpose: &str| {
-            let basis = basis.clone()?;
+        let widened = |basis: Option<Weight>, purpose: &str| {
+            let basis = basis?;
             let rows = basis.dims()[0];
             let columns = columns.min(rows - self.rank);
-            if columns == 0 {
-                return Some(basis);
-            }
-            let deviation = (1.0 / columns as f64).sqrt();
-            let sketch = self.gaussian(purpose, rows, columns, deviation, &basis.device());
-            let inside = kernels::gemm(basis.clone().transpose(), sketch.clone(), None, 1.0);
-            let rest = kernels::gemm(basis.clone(), inside, Some(sketch), -1.0);
-            Some(Tensor::cat(vec![basis, rest], 1))
+            let sketch = (columns > 0).then(|| {
+                let values = basis.dense(FloatDType::F32);
+                let deviation = (1.0 / columns as f64).sqrt();
+                let sketch = self.gaussian(purpose, rows, columns, deviation, &values.device());
+                let inside = kernels::gemm(values.clone().transpose(), sketch.clone(), None, 1.0);
+                kernels::gemm(values, inside, Some(sketch), -1.0)
+            });
+            Some(match (basis, sketch) {
+                (Weight::Packed(basis), others) => Directions::Packed { basis, others },
+                (Weight::Dense(basis), Some(others)) => Directions::Dense(Tensor::cat(vec![basis, others], 1)),
+                (Weight::Dense(basis), None) => Directions::Dense(basis),
+            })
         };
-        self.collected =
-            Some(Basis { left: widened(&basis.left, "norm rows"), right: widened(&basis.right, "norm columns") });
+        let [left, right] = basis;
+        self.collected = Some([widened(left, "norm rows"), widened(right, "norm columns")]);
     }
 
     /// Takes the moments to the basis in use.
@@ -446,7 +452,7 @@ impl Galore {
     /// The pending updates in the coordinates of the collected basis: its further columns have none.
     fn widened_pending(&self) -> Option<(Tensor<2>, f32)> {
         let pending = self.pending.as_ref()?;
-        let columns = self.collected.as_ref()?.left.as_ref()?.dims()[1];
+        let columns = self.collected.as_ref()?[0].as_ref()?.dims()[1];
         let [rank, n] = pending.up.dims();
         let up = match columns - rank {
             0 => pending.up.clone(),
@@ -457,7 +463,8 @@ impl Galore {
 
     /// What the backward pass would have collected for the factors.
     fn collect_factors(&self, x: &Tensor<2>, dy: &Tensor<2>) -> Tensor<2> {
-        let Some(Basis { left, right }) = self.collected.clone() else { unreachable!("a basis was chosen before") };
+        let Some(bases) = &self.collected else { unreachable!("a basis was chosen before") };
+        let [left, right] = bases.each_ref().map(|side| side.as_ref().map(|side| side.values(FloatDType::F32)));
         let rows = match left {
             Some(left) => kernels::gemm(x.clone(), left, None, 1.0),
             None => x.clone(),
@@ -512,7 +519,7 @@ impl MatrixOptimizer for Galore {
         };
         match (self.plan, &self.collected) {
             (Plan::Dense { .. }, _) => Gradient::Full,
-            (Plan::Projected, Some(Basis { left, right })) => {
+            (Plan::Projected, Some([left, right])) => {
                 Gradient::Projected { left: left.clone(), right: right.clone(), pending: self.widened_pending() }
             }
             _ => Gradient::Factors { offset: self.offset(), slots: None },
@@ -525,7 +532,7 @@ impl MatrixOptimizer for Galore {
 
     fn serving(&self) -> Option<Gradient> {
         let kernels::Offset { down, up, keep } = self.offset()?;
-        Some(Gradient::Projected { left: Some(down), right: None, pending: Some((up, keep)) })
+        Some(Gradient::Projected { left: Some(down.into()), right: None, pending: Some((up, keep)) })
     }
 
     fn settle(&mut self, weight: Tensor<2>) -> Tensor<2> {
@@ -628,9 +635,13 @@ impl MatrixOptimizer for Galore {
         self.rule.save(&mut state);
         state.numbers.insert("galore_step".to_owned(), self.step);
         state.numbers.insert("refreshes".to_owned(), self.refreshes);
-        if let Some(Basis { left, right }) = self.basis() {
-            for (key, part) in [("left", left), ("right", right)] {
-                state.tensors.extend(part.map(|part| (key.to_owned(), part)));
+        for (key, side) in ["left", "right"].into_iter().zip(self.collected.iter().flatten()) {
+            match side {
+                Some(Directions::Packed { basis, .. }) => q_galore::save_basis(key, basis, &mut state),
+                Some(dense) => {
+                    state.tensors.insert(key.to_owned(), dense.basis(self.rank));
+                }
+                None => {}
             }
         }
         if let Some(pending) = &self.pending {
@@ -647,8 +658,17 @@ impl MatrixOptimizer for Galore {
         self.step = state.number("galore_step")?;
         self.refreshes = state.number("refreshes")?;
         let [m, n] = self.dims;
-        let left = state.optional_tensor("left", [m, self.rank])?;
-        let right = state.optional_tensor("right", [n, self.rank])?;
+        let mut side = |key: &str, rows: usize, order: Order| -> Result<Option<Weight>, String> {
+            let dims = [rows, self.rank];
+            Ok(match &self.config.quantised {
+                Some(quantised) => quantised.restore_basis(key, dims, order, &mut state)?.map(Weight::Packed),
+                None => state.optional_tensor(key, dims)?.map(Weight::Dense),
+            })
+        };
+        let basis = [side("left", m, q_galore::LEFT)?, side("right", n, q_galore::RIGHT)?];
+        if self.refreshes > 0 && basis.iter().all(Option::is_none) {
+            return Err(format!("{} refreshes were made, but there is no basis", self.refreshes));
+        }
         self.pending = match state.optional_tensor("pending", [self.rank, n])? {
             Some(up) => Some(Pending { up, keep: f64::from_bits(state.number("pending_keep")?) }),
             None => None,
@@ -657,8 +677,8 @@ impl MatrixOptimizer for Galore {
             lazy.restore(&mut state)?;
         }
         self.rule.restore(&mut state)?;
-        if left.is_some() || right.is_some() {
-            self.use_basis(Basis { left, right });
+        if basis.iter().any(Option::is_some) {
+            self.use_basis(basis);
         }
         Ok(())
     }
@@ -673,7 +693,7 @@ impl MatrixOptimizer for Galore {
     }
 
     fn state_bytes(&self) -> usize {
-        let basis = 4 * self.collected.as_ref().map_or(0, Basis::len);
+        let basis: usize = self.collected.iter().flatten().flatten().map(Directions::bytes).sum();
         let pending = self.pending.as_ref().map_or(0, |pending| 4 * pending.up.shape().num_elements());
         basis + pending + self.rule.state_bytes()
     }

@@ -63,8 +63,8 @@ fn collect(collect: &Gradient, method: &mut dyn MatrixOptimizer, x: &Tensor<2>, 
         Gradient::Full => product(&x.clone().transpose(), dy),
         Gradient::Factors { .. } => method.observe(x.clone(), dy.clone()),
         Gradient::Projected { left, right, .. } => {
-            let rows = left.as_ref().map_or(x.clone(), |left| product(x, left));
-            let columns = right.as_ref().map_or(dy.clone(), |right| product(dy, right));
+            let rows = left.as_ref().map_or(x.clone(), |left| product(x, &left.values(FloatDType::F32)));
+            let columns = right.as_ref().map_or(dy.clone(), |right| product(dy, &right.values(FloatDType::F32)));
             product(&rows.transpose(), &columns)
         }
     }
@@ -240,7 +240,7 @@ fn deferred_updates_are_the_same_updates() {
                 let mut effective = weight.clone();
                 if let Some(Gradient::Projected { left: Some(left), pending: Some((up, keep)), .. }) = method.serving()
                 {
-                    effective = weight.clone() * keep + product(&left, &up);
+                    effective = weight.clone() * keep + product(&left.values(FloatDType::F32), &up);
                 }
                 let batches: Vec<_> = (0..parts).map(|part| TASK.batch(2 * at + part, &effective)).collect();
                 let before = weight.clone();

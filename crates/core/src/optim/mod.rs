@@ -37,6 +37,7 @@ pub use rules::{AdamForm, RuleConfig};
 pub use schedule::{Schedule, ScheduleKind};
 pub use subspace::{Basis, ProjType, Side};
 
+use crate::base::PackedBase;
 use crate::linalg;
 use crate::lowrank::cast;
 use crate::projection::Gradient;
@@ -47,7 +48,11 @@ use crate::random::Stream;
 pub const METHODS: &[(&str, &str, &str)] = &[
     ("adamw", "AdamW, arXiv 1711.05101, as torch.optim.AdamW", "2 m n"),
     ("galore", "GaLore, arXiv 2403.03507, with projected backward or published", "m r + 2 r n"),
-    ("q_galore", "Q-GaLore, arXiv 2407.08296: int4 basis, lazy refresh, 8-bit Adam, rounded weights", "m r + r n / 2"),
+    (
+        "q_galore",
+        "Q-GaLore, arXiv 2407.08296: int4 basis, lazy refresh, 8-bit Adam, rounded weights",
+        "m r / 8 + r n / 2",
+    ),
     ("dct_adamw", "DCT projection with column selection, arXiv 2505.17967", "2 r n"),
     ("apollo", "APOLLO and APOLLO-Mini, arXiv 2412.05270: scaled by what Adam does to a random projection", "2 r n"),
     ("fira", "Fira, arXiv 2410.01623: GaLore plus the scaled rest", "m r + 2 r n"),
@@ -186,7 +191,8 @@ pub enum Weights {
     F32,
     /// bf16 with stochastic rounding after each step, so that updates below half a unit in the last place are not lost.
     Bf16,
-    /// The values of 8-bit codes in groups with a scale and a zero, rounded stochastically after each step (Q-GaLore).
+    /// The values of 8-bit codes in groups with a scale and a zero, rounded stochastically after each step (Q-GaLore). A weight
+    /// that is held as codes ([`PackedBase`]) takes [`Optimizer::step_packed`]; a dense one gets the same values.
     Int8 {
         /// Values that share a scale.
         group: usize,
@@ -284,18 +290,36 @@ impl Optimizer {
         }
         let dtype = FloatDType::from(parameter.dtype());
         let updated = method.step(cast(parameter, FloatDType::F32), collected, rule);
-        let stream = Stream::new(self.seed, name);
+        let stream = self.stream(name);
         match self.weights {
             Weights::F32 => updated,
             Weights::Bf16 => kernels::stochastic_round(updated, dtype, stream.bits(self.step)),
             Weights::Int8 { group } => {
                 let (dims, device) = (updated.dims(), updated.device());
-                let first = self.step * (dims[0] * dims[1]) as u64;
-                let rounding = Rounding::Stochastic { stream, first };
-                let groups = Groups::quantise_with(&linalg::host(updated), 8, group, rounding);
+                let groups = Groups::quantise_with(&linalg::host(updated), 8, group, self.rounding(name, dims));
                 Tensor::from_data(TensorData::new(groups.dequantise(), dims), &device)
             }
         }
+    }
+
+    /// The new codes of a parameter that is held as such: its values are there for this step only.
+    pub fn step_packed(&mut self, name: &str, base: &PackedBase, collected: Tensor<2>, rule: StepRule) -> PackedBase {
+        let values = base.weight.dense(FloatDType::F32);
+        let updated = match self.matrices.get_mut(name) {
+            Some(method) => method.step(values, collected, rule),
+            None => self.plain.step(name, values, collected, rule),
+        };
+        base.rounded(updated, self.rounding(name, base.weight.dims()))
+    }
+
+    /// The random numbers of a parameter's rounding.
+    fn stream(&self, name: &str) -> Stream {
+        Stream::new(self.seed, name)
+    }
+
+    /// Stochastic rounding in this step, with a number of its own for every value.
+    fn rounding(&self, name: &str, dims: [usize; 2]) -> Rounding {
+        Rounding::Stochastic { stream: self.stream(name), first: self.step * (dims[0] * dims[1]) as u64 }
     }
 
     /// How layers act between steps, where that is not by their weights alone.

@@ -21,7 +21,7 @@ fn step(optimizer: &mut Optimizer, weight: Tensor<2>, number: u64, clip: f64, on
     let (x, dy) = (matrix(20, 12, &format!("x {number}")), matrix(20, 9, &format!("dy {number}")));
     let collected = match optimizer.begin(number, &|_| 1).remove("w").unwrap() {
         Gradient::Factors { .. } => optimizer.observe("w", x, dy),
-        Gradient::Projected { left: Some(left), .. } => x.matmul(left).transpose().matmul(dy),
+        Gradient::Projected { left: Some(left), .. } => x.matmul(left.values(FloatDType::F32)).transpose().matmul(dy),
         _ => unreachable!("this configuration projects on the input side"),
     };
     let rule = |gradient_scale| StepRule { learning_rate: 0.1, weight_decay: 0.0, gradient_scale };

@@ -68,7 +68,9 @@ impl Groups {
             let rounding = rounding.from(range.start);
             Self::quantise_part(&values[range], bits, group, rounding)
         });
-        let mut whole = Self { bits, codes: vec![], scale: vec![], zero: vec![], group, len: values.len() };
+        let (bytes, count) = (values.len().div_ceil(8 / usize::from(bits)), values.len().div_ceil(group));
+        let (codes, scale, zero) = (Vec::with_capacity(bytes), Vec::with_capacity(count), Vec::with_capacity(count));
+        let mut whole = Self { bits, codes, scale, zero, group, len: values.len() };
         for part in parts {
             whole.codes.extend(part.codes);
             whole.scale.extend(part.scale);

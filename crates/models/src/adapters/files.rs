@@ -10,7 +10,7 @@ use std::path::Path;
 use burn::tensor::{FloatDType, Tensor, TensorData};
 use lowrank_core::lowrank::cast;
 
-use super::{AdapterError, Attached, attach_empty, module_names, start};
+use super::{AdapterError, Attached, attach_empty, layers, start};
 use crate::hf::peft::{AdapterTensor, KeyForm, MethodConfig, Part};
 use crate::hf::{AdapterConfig, Checkpoint, Dtype, HfError, OutTensor, write_safetensors, write_text_atomic};
 use crate::network::Network;
@@ -23,7 +23,7 @@ use super::start::{Original, Shared};
 #[derive(Clone, Debug)]
 pub struct FileForm<'a> {
     config: &'a AdapterConfig,
-    /// Names of the weights of linear layers.
+    /// Names of the linear layers.
     linear: BTreeSet<String>,
     /// Module name of the embedding.
     embedding: Option<String>,
@@ -39,7 +39,8 @@ struct Stored {
 impl<'a> FileForm<'a> {
     /// For a model.
     pub fn new<M: Network>(model: &M, config: &'a AdapterConfig) -> Self {
-        let linear = module_names(model).into_iter().map(|module| format!("{module}.weight")).collect();
+        let linear =
+            layers(model).into_iter().filter(|(_, sizes)| !sizes.is_conv()).map(|(module, _)| module).collect();
         Self { config, linear, embedding: model.embedding_name().map(str::to_owned) }
     }
 
@@ -62,6 +63,8 @@ impl<'a> FileForm<'a> {
             ("core", MethodConfig::Vera { .. }) => Part::VeraD,
             ("core", MethodConfig::Svfit) => Part::Sigma,
             ("core", _) => Part::Core,
+            ("rows", _) => Part::Rows,
+            ("columns", _) => Part::Columns,
             ("out_scale", _) => Part::VeraB,
             ("magnitude", _) => Part::Magnitude,
             ("lambda", _) => Part::RandLambda,
@@ -78,11 +81,13 @@ impl<'a> FileForm<'a> {
         self.tensor(parameter).map(|tensor| tensor.key(self.key_form()))
     }
 
-    /// Whether a matrix lies in the file with its axes swapped.
+    /// Whether a matrix lies in the file with its axes swapped. Nothing of a convolution does.
     pub fn is_flipped(&self, parameter: &str) -> bool {
-        match self.tensor(parameter).map(|tensor| tensor.part) {
-            Some(Part::A | Part::B | Part::EmbeddingA | Part::EmbeddingB | Part::Core) => true,
-            Some(Part::Saved) => self.linear.contains(parameter),
+        let Some(AdapterTensor { module, part }) = self.tensor(parameter) else { return false };
+        match part {
+            Part::EmbeddingA | Part::EmbeddingB => true,
+            Part::A | Part::B | Part::Core => self.linear.contains(&module),
+            Part::Saved => module.strip_suffix(".weight").is_some_and(|module| self.linear.contains(module)),
             _ => false,
         }
     }
@@ -150,7 +155,7 @@ pub fn save_adapter<M: Network>(
     folder: &Path,
 ) -> Result<(), AdapterError> {
     std::fs::create_dir_all(folder).map_err(|source| HfError::io("create", folder, source))?;
-    let mut all = module_names(model);
+    let mut all: Vec<String> = layers(model).into_iter().map(|(module, _)| module).collect();
     all.extend(["lm_head".to_owned()]);
     all.extend(model.embedding_name().map(str::to_owned));
     let mut config = config.with_names(&attached.modules, &all);
@@ -235,6 +240,8 @@ fn fill<M: Network>(
     let form = FileForm::new(model, config);
     let device = model.device();
     let mut used = BTreeSet::new();
+    let mut shapes: BTreeMap<String, Vec<usize>> = BTreeMap::new();
+    parameters::visit(model, "", |entry| drop(shapes.insert(entry.name.to_owned(), entry.dims.to_vec())));
     model.map_parameters(&mut |name, old| {
         let is_wanted = attached.saved.iter().any(|saved| saved == name) || name.contains(".delta.");
         let is_start = name.contains(".delta.start.");
@@ -245,12 +252,15 @@ fn fill<M: Network>(
             return old;
         };
         used.insert(tensor.clone());
-        let mut dims = old.dims();
+        let (mut dims, mut full) = (old.dims(), shapes.get(name).cloned().unwrap_or_default());
         let doubled = config.method.doubles_rank() && name.contains(".delta.");
         let axis = usize::from(own.ends_with(".down")); // the axis of r
-        dims[axis] *= if doubled { 2 } else { 1 };
-        let (expected, _) = form.value(&own, &dims, old.clone());
-        if *shape != expected && !(dims[0] == 1 && *shape == [dims[1]]) {
+        if doubled {
+            dims[axis] *= 2;
+            full[axis] *= 2;
+        }
+        let (expected, _) = form.value(&own, &full, old.clone());
+        if *shape != expected {
             problems.push(format!("{key}: expected shape {expected:?}, got {shape:?}"));
             return old;
         }

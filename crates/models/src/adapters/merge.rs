@@ -9,7 +9,7 @@ use crate::network::Network;
 
 /// Makes every adapter part of its weight. The sums are taken in f32 and rounded once.
 pub fn merge<M: Network>(model: &mut M) {
-    model.for_each_projection(&mut |_, projection| projection.merge());
+    model.for_each_layer(&mut |_, mut layer| layer.merge());
     let adapted = model.embedding().and_then(|(_, embedding)| embedding.delta.take());
     if let Some(delta) = adapted {
         model.untie_head(); // the head stays the base's

@@ -12,6 +12,7 @@ pub mod merge;
 pub mod start;
 
 use lowrank_core::adapters::StartError;
+use lowrank_core::{Layer, Sizes};
 
 use crate::hf::error::bullets;
 use crate::hf::peft::{MethodConfig, ModulePattern, is_saved_as};
@@ -28,7 +29,8 @@ pub use start::{Fresh, Original, Shared};
 pub enum AdapterError {
     /// `target_modules` names nothing in this model.
     #[error(
-        "target_modules {wanted} match no module of the model; it has {known}\nhint: use \"all-linear\" or some of these names"
+        "target_modules {wanted} match no module of the model; it has {known}\nhint: use \"all-linear\" (which leaves out convolutions) or \
+         some of these names"
     )]
     NoTarget {
         /// What the configuration asks for.
@@ -37,16 +39,22 @@ pub enum AdapterError {
         known: String,
     },
     /// A rank larger than a layer.
-    #[error("rank {rank} is larger than {module} allows: it maps {d_in} to {d_out}, so r can be at most {}\nhint: lower r, or set rank_pattern for this module", .d_in.min(.d_out))]
+    #[error(
+        "{key} = {rank} is larger than {module} allows: {sizes}, so {key} can be at most {most}\nhint: lower {key}, \
+         or {}",
+        other_ways(.key)
+    )]
     RankTooLarge {
         /// The module.
         module: String,
+        /// Name of the rank.
+        key: &'static str,
         /// The rank asked for.
         rank: usize,
-        /// Its input width.
-        d_in: usize,
-        /// Its output width.
-        d_out: usize,
+        /// The largest one.
+        most: usize,
+        /// What the module is.
+        sizes: String,
     },
     /// A start that this version does not have.
     #[error("init_lora_weights = \"{0}\" is not supported\nhint: use the default start or \"gaussian\"")]
@@ -74,12 +82,36 @@ pub enum AdapterError {
         /// The module.
         module: String,
     },
+    /// A method that has no form for convolutions.
+    #[error(
+        "{method} cannot adapt {module}: it is a convolution, and {method} has a form for linear layers only\nhint: use lora \
+         or tucker, or keep convolutions out of target_modules (exclude_modules = [\"{}\"])",
+        last_part(.module)
+    )]
+    Convolution {
+        /// The method.
+        method: &'static str,
+        /// The module.
+        module: String,
+    },
     /// The method cannot start on a layer.
     #[error(transparent)]
     Start(#[from] StartError),
     /// Reading or writing failed.
     #[error(transparent)]
     Files(#[from] HfError),
+}
+
+/// What to do about a rank that is too large, beside lowering it.
+fn other_ways(key: &str) -> &'static str {
+    match key {
+        "r" => "set rank_pattern for this module",
+        _ => "leave this module out by exclude_modules",
+    }
+}
+
+fn last_part(module: &str) -> &str {
+    module.rsplit('.').next().unwrap_or(module)
 }
 
 /// What was attached.
@@ -93,16 +125,15 @@ pub struct Attached {
     pub shared: Shared,
 }
 
-/// The names of all linear layers, in model order.
-pub fn module_names<M: Network>(model: &M) -> Vec<String> {
-    let mut names = vec![];
-    for (index, block) in model.blocks().iter().enumerate() {
-        let block_name = model.block_name(index);
-        names.extend(M::projections(block).into_iter().map(|(name, _)| format!("{block_name}.{name}")));
-    }
-    let head = model.head();
-    names.extend(M::head_projections(&head).into_iter().map(|(name, _)| name));
-    names
+/// A layer's name and sizes.
+pub type Target = (String, Sizes);
+
+/// All layers that can have an adapter, in model order.
+pub fn layers<M: Network>(model: &M) -> Vec<Target> {
+    let mut found = vec![];
+    // The walk is one that may change layers, and hands over handles: a copy of the model shares its values.
+    model.clone().for_each_layer(&mut |module, layer| found.push((module.to_owned(), layer.sizes())));
+    found
 }
 
 /// Freezes the base and attaches fresh adapters where the configuration says so.
@@ -115,65 +146,80 @@ pub fn attach<M: Network>(
     mut fresh: Fresh<'_>,
 ) -> Result<Attached, AdapterError> {
     untie(model, config);
-    let targets = targets(model, config);
-    for (module, dims) in &targets {
-        start::check_rank(config, module, *dims)?;
+    let targets = targets(model, config)?;
+    for (module, sizes) in &targets {
+        start::check_rank(config, module, *sizes)?;
     }
     let shared = Shared::new(config, &targets, &model.device());
-    let (total, mut done, mut problem) = (targets.len(), 0, None);
-    model.for_each_projection(&mut |module, projection| {
-        if problem.is_none() && is_target(config, module) {
-            done += 1;
-            (fresh.progress)(module, done, total);
-            problem = start::attach(config, module, projection, &mut fresh, &shared).err();
+    let (total, mut done) = (targets.len(), 0);
+    on_targets(model, &targets, &mut |module, layer| {
+        done += 1;
+        (fresh.progress)(module, done, total);
+        match layer {
+            Layer::Linear(projection) => start::attach(config, module, projection, &mut fresh, &shared),
+            Layer::Conv(conv) => start::convolution(config, module, conv, Some(fresh.seed)),
         }
-    });
-    if let Some(problem) = problem {
-        return Err(problem);
-    }
+    })?;
     finish(model, config, targets, shared, Some(fresh.seed))
 }
 
-/// Whether a linear layer gets an adapter.
+/// Whether a linear layer or an embedding gets an adapter.
 fn is_target(config: &AdapterConfig, module: &str) -> bool {
     config.targets(module) && !config.saves(module)
 }
 
-/// Linear layers that get an adapter, with their sizes.
-pub fn targets<M: Network>(model: &mut M, config: &AdapterConfig) -> Vec<(String, [usize; 2])> {
-    let mut found = vec![];
-    model.for_each_projection(&mut |module, projection| {
-        if is_target(config, module) {
-            found.push((module.to_owned(), projection.dims()));
+/// Layers that get an adapter, with their sizes, in model order.
+///
+/// # Errors
+/// One of them is a convolution, for which the method has no form.
+pub fn targets<M: Network>(model: &M, config: &AdapterConfig) -> Result<Vec<Target>, AdapterError> {
+    let is_wanted = |(module, sizes): &Target| match sizes {
+        Sizes::Linear(_) => is_target(config, module),
+        Sizes::Conv(_) => config.targets_convolution(module) && !config.saves(module),
+    };
+    let targets: Vec<Target> = layers(model).into_iter().filter(is_wanted).collect();
+    match targets.iter().find(|(_, sizes)| sizes.is_conv() && !config.method.adapts_convolutions()) {
+        Some((module, _)) => Err(AdapterError::Convolution { method: config.method.name(), module: module.to_owned() }),
+        None => Ok(targets),
+    }
+}
+
+/// Calls `change` for these layers until one of them is refused.
+fn on_targets<M: Network>(
+    model: &mut M,
+    targets: &[Target],
+    change: &mut dyn FnMut(&str, Layer<'_>) -> Result<(), AdapterError>,
+) -> Result<(), AdapterError> {
+    let (mut left, mut result) = (targets.iter().map(|(module, _)| module).peekable(), Ok(()));
+    model.for_each_layer(&mut |module, layer| {
+        if result.is_ok() && left.next_if(|target| *target == module).is_some() {
+            result = change(module, layer);
         }
     });
-    found
+    result
 }
 
 /// Attaches adapters of the right shapes whose values come from a folder.
 fn attach_empty<M: Network>(model: &mut M, config: &AdapterConfig, shared: Shared) -> Result<Attached, AdapterError> {
     untie(model, config);
-    let targets = targets(model, config);
-    let mut problem = None;
-    model.for_each_projection(&mut |module, projection| {
-        if problem.is_none() && is_target(config, module) {
-            match start::empty(config, module, projection, &shared) {
-                Ok(delta) => projection.delta = Some(delta),
-                Err(error) => problem = Some(error),
+    let targets = targets(model, config)?;
+    on_targets(model, &targets, &mut |module, layer| {
+        match layer {
+            Layer::Linear(projection) => {
+                projection.delta = Some(start::empty(config, module, projection, &shared)?);
             }
+            Layer::Conv(conv) => start::convolution(config, module, conv, None)?,
         }
-    });
-    match problem {
-        Some(problem) => Err(problem),
-        None => finish(model, config, targets, shared, None),
-    }
+        Ok(())
+    })?;
+    finish(model, config, targets, shared, None)
 }
 
 /// The embedding, and what is trained whole.
 fn finish<M: Network>(
     model: &mut M,
     config: &AdapterConfig,
-    targets: Vec<(String, [usize; 2])>,
+    targets: Vec<Target>,
     shared: Shared,
     seed: Option<u64>,
 ) -> Result<Attached, AdapterError> {
@@ -216,12 +262,12 @@ fn wanted(config: &AdapterConfig) -> String {
 fn known_modules<M: Network>(model: &mut M) -> String {
     let mut names: Vec<String> = vec![];
     let mut add = |module: &str| {
-        let last = module.rsplit('.').next().unwrap_or(module).to_owned();
+        let last = last_part(module).to_owned();
         if !names.contains(&last) {
             names.push(last);
         }
     };
-    module_names(model).iter().for_each(|module| add(module));
+    layers(model).iter().for_each(|(module, _)| add(module));
     if let Some((module, _)) = model.embedding() {
         add(module);
     }

@@ -18,11 +18,12 @@ use lowrank_core::adapters::svfit::{self, Svfit};
 use lowrank_core::adapters::tucker::Tucker;
 use lowrank_core::adapters::vera::{Vera, VeraBases};
 use lowrank_core::adapters::{Site, Statistics};
+use lowrank_core::conv::{ConvProjection, LoraConvSettings, TuckerConvSettings};
 use lowrank_core::random::Stream;
-use lowrank_core::{Delta, LowRank, Projection};
+use lowrank_core::{Delta, LowRank, Projection, Sizes};
 
-use super::AdapterError;
 use super::files::matrix;
+use super::{AdapterError, Target};
 use crate::hf::peft::{CordaMethod, InitLoraWeights, MethodConfig, Part};
 use crate::hf::{AdapterConfig, HfError};
 use crate::network::Network;
@@ -59,8 +60,8 @@ pub enum Shared {
 
 impl Shared {
     /// Those of a fresh adapter on layers of these sizes.
-    pub(super) fn new(config: &AdapterConfig, targets: &[(String, [usize; 2])], device: &Device) -> Self {
-        let largest = |axis: usize| targets.iter().map(|(_, dims)| dims[axis]).max().unwrap_or(1);
+    pub(super) fn new(config: &AdapterConfig, targets: &[Target], device: &Device) -> Self {
+        let largest = |axis: usize| targets.iter().map(|(_, sizes)| sizes.matrix()[axis]).max().unwrap_or(1);
         match &config.method {
             MethodConfig::Vera { projection_prng_key, .. } => {
                 Self::Vera(VeraBases::new(largest(0), largest(1), config.r, *projection_prng_key, device))
@@ -141,16 +142,31 @@ fn two(shape: &[usize]) -> Result<[usize; 2], String> {
 }
 
 /// Refuses a rank that a layer is too small for.
-pub(super) fn check_rank(config: &AdapterConfig, module: &str, [d_in, d_out]: [usize; 2]) -> Result<(), AdapterError> {
-    let too_large = |rank: usize, most: usize| match rank > most {
-        true => Err(AdapterError::RankTooLarge { module: module.to_owned(), rank, d_in, d_out }),
+pub(super) fn check_rank(config: &AdapterConfig, module: &str, sizes: Sizes) -> Result<(), AdapterError> {
+    let check = |key: &'static str, rank: usize, most: usize| match rank > most {
+        true => Err(AdapterError::RankTooLarge {
+            module: module.to_owned(),
+            key,
+            rank,
+            most,
+            sizes: match sizes {
+                Sizes::Linear([d_in, d_out]) => format!("it maps {d_in} to {d_out}"),
+                Sizes::Conv([d_out, d_in, kh, kw]) => {
+                    format!("its kernel of {kh} x {kw} takes {d_in} channels to {d_out}")
+                }
+            },
+        }),
         false => Ok(()),
     };
+    let [d_in, d_out] = sizes.matrix();
     match &config.method {
         MethodConfig::Vera { .. } | MethodConfig::RandLora { .. } | MethodConfig::Oft { .. } => Ok(()),
-        MethodConfig::Tucker { r_in, r_out, .. } => too_large(*r_in, d_in).and_then(|()| too_large(*r_out, d_out)),
-        MethodConfig::Hra { .. } => too_large(config.rank_of(module), d_in),
-        _ => too_large(config.rank_of(module), d_in.min(d_out)),
+        MethodConfig::Tucker { r_in, r_out, .. } => {
+            let channels = if let Sizes::Conv([_, channels, ..]) = sizes { channels } else { d_in };
+            check("r_in", *r_in, channels).and_then(|()| check("r_out", *r_out, d_out))
+        }
+        MethodConfig::Hra { .. } => check("r", config.rank_of(module), d_in),
+        _ => check("r", config.rank_of(module), d_in.min(d_out)),
     }
 }
 
@@ -178,6 +194,31 @@ pub(super) fn attach(
     };
     let delta = delta(config, &site, shared)?;
     projection.attach_over(delta, weight);
+    Ok(())
+}
+
+/// Puts an adapter on a convolution; without a seed its values come from a folder.
+pub(super) fn convolution(
+    config: &AdapterConfig,
+    module: &str,
+    conv: &mut ConvProjection,
+    seed: Option<u64>,
+) -> Result<(), AdapterError> {
+    let (scale, dropout) = (config.scale_of(module) as f32, config.lora_dropout);
+    match &config.method {
+        MethodConfig::Lora => {
+            let init = if seed.is_some() { lora_init(config)? } else { LoraInit::default() };
+            let settings = LoraConvSettings { r: config.rank_of(module), scale, dropout, init };
+            conv.attach_lora(settings, module, seed.unwrap_or(0))?;
+        }
+        MethodConfig::Tucker { r_in, r_out, r_rows, r_columns, .. } => {
+            let settings = TuckerConvSettings { ranks: [*r_in, *r_out, *r_rows, *r_columns], scale, dropout };
+            conv.attach_tucker(settings, module, seed.unwrap_or(0))?;
+        }
+        method => {
+            return Err(AdapterError::Convolution { method: method.name(), module: module.to_owned() });
+        }
+    }
     Ok(())
 }
 
@@ -227,7 +268,7 @@ fn delta(config: &AdapterConfig, site: &Site<'_>, shared: &Shared) -> Result<Del
             let Shared::RandLora(bases) = shared else { unreachable!("made for the method") };
             Delta::RandLora(RandLoraSettings { r: config.r, scale, dropout }.init(site, bases)?)
         }
-        MethodConfig::Tucker { r_in, r_out, scale } => {
+        MethodConfig::Tucker { r_in, r_out, scale, .. } => {
             let tucker = Tucker { r_in: *r_in, r_out: *r_out, scale: *scale as f32, dropout };
             Delta::LowRank(tucker.init(site)?)
         }

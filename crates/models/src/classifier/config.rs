@@ -8,7 +8,7 @@ use std::path::Path;
 use serde_json::Value;
 
 use super::layout::Layout;
-use crate::config::{ConfigError, Keys};
+use crate::config::{ConfigError, Keys, find_row};
 use crate::encoder::{EncoderConfig, probability};
 use crate::{bert, convnet, vit};
 
@@ -131,7 +131,7 @@ impl ClassifierConfig {
         let value: Value =
             serde_json::from_str(text).map_err(|source| ConfigError::Json { origin: origin.to_path_buf(), source })?;
         let keys = Keys::of_file(&value, origin)?;
-        let family = find_family(&keys)?;
+        let (family, _) = find_row(&keys, registry(), |row| (row.model_type, row.architectures))?;
         let trunk = (family.read)(&keys)?;
         let head_dropout = match &trunk {
             Trunk::Text(text) => probability(&keys, "classifier_dropout")?.unwrap_or(text.encoder.dropout),
@@ -220,28 +220,4 @@ fn labels(keys: &Keys<'_>, value: &Value) -> Result<Vec<String>, ConfigError> {
         return Err(keys.invalid("id2label", "the numbers from 0 on, each once", got));
     }
     Ok(labels.into_iter().map(|(_, name)| name).collect())
-}
-
-/// The row for `model_type` and `architectures`.
-fn find_family(keys: &Keys<'_>) -> Result<&'static ClassifierFamily, ConfigError> {
-    let model_type = keys.text("model_type")?;
-    let architecture = keys.first_text("architectures")?;
-    let found = registry().iter().find(|row| match (model_type, architecture) {
-        (Some(model_type), Some(name)) => row.model_type == model_type && row.architectures.contains(&name),
-        (Some(model_type), None) => row.model_type == model_type,
-        (None, Some(name)) => row.architectures.contains(&name),
-        (None, None) => false,
-    });
-    found.ok_or_else(|| ConfigError::UnknownArchitecture {
-        origin: keys.origin(),
-        architecture: architecture.map(str::to_string),
-        model_type: model_type.map(str::to_string),
-        known: known_architectures(),
-    })
-}
-
-/// One line per row of [`registry`], for error messages.
-fn known_architectures() -> String {
-    let line = |row: &ClassifierFamily| format!("  {} (model_type {})", row.architectures.join(" or "), row.model_type);
-    registry().iter().map(line).collect::<Vec<_>>().join("\n")
 }

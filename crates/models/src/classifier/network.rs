@@ -1,9 +1,9 @@
 //! A [`Classifier`] as the trainer sees it.
 
 use burn::tensor::{Device, FloatDType, Gradients, Tensor};
-use lowrank_core::Projection;
 use lowrank_core::conv::ConvProjection;
 use lowrank_core::lowrank::cast;
+use lowrank_core::{Layer, Projection};
 use lowrank_kernels as kernels;
 
 use super::batch::{ClassifierBatch, ClassifierInputs, InputData, Labels};
@@ -168,15 +168,26 @@ impl Network for Classifier {
         parameters::take_gradients(head, "", gradients, into);
     }
 
-    fn for_each_projection(&mut self, change: &mut dyn FnMut(&str, &mut Projection)) {
-        for (block, module) in self.blocks.iter_mut() {
-            for (name, projection) in Self::projections_mut(module) {
-                change(&format!("{block}.{name}"), projection);
+    fn for_each_layer(&mut self, change: &mut dyn FnMut(&str, Layer<'_>)) {
+        for (segment, stem) in self.stem.iter_mut() {
+            if let Stem::Conv(stem) = stem {
+                let layers = stem.convolutions.iter_mut();
+                layers.for_each(|(name, conv)| change(&format!("{segment}.{name}"), Layer::Conv(conv)));
             }
         }
-        for (name, projection) in self.head.linear.iter_mut() {
-            change(name, projection);
+        for (segment, block) in self.blocks.iter_mut() {
+            match block {
+                Block::Encoder(block) => {
+                    let layers = block.linear.iter_mut();
+                    layers.for_each(|(name, linear)| change(&format!("{segment}.{name}"), Layer::Linear(linear)));
+                }
+                Block::Residual(block) => {
+                    let layers = block.convolutions.iter_mut();
+                    layers.for_each(|(name, conv)| change(&format!("{segment}.{name}"), Layer::Conv(conv)));
+                }
+            }
         }
+        self.head.linear.iter_mut().for_each(|(name, linear)| change(name, Layer::Linear(linear)));
     }
 
     fn embedding_name(&self) -> Option<&'static str> {

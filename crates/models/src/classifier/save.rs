@@ -9,9 +9,10 @@ use serde_json::{Map, Value, json};
 use super::Classifier;
 use super::layout::TensorSpec;
 use super::load::name_on_disk;
-use crate::hf::{Dtype, HfError, OutTensor, write, write_sharded, write_text_atomic};
+use crate::hf::{Dtype, HfError, OutTensor};
+use crate::network::Network as _;
 use crate::parameters;
-use crate::save::host_values;
+use crate::save::{Place, host_values, packed, write_folder};
 
 /// Writes the model to `folder` in `dtype`, with the configuration and companion files of `origin` carried along.
 ///
@@ -26,11 +27,8 @@ pub fn save(
     dtype: Dtype,
     max_shard_bytes: u64,
 ) -> Result<(), HfError> {
-    std::fs::create_dir_all(folder).map_err(|source| HfError::io("create", folder, source))?;
-    write_sharded(folder, tensors(classifier, dtype), max_shard_bytes)?;
-    write_config(classifier, origin, folder, dtype)?;
-    write::copy_companion_files(origin, folder)?;
-    Ok(())
+    let place = Place { origin, folder, dtype, max_shard_bytes };
+    write_folder(&place, tensors(classifier, dtype), |config| describe(classifier, config))
 }
 
 /// Every parameter and buffer under its name and shape on disk; bytes are produced when the writer asks.
@@ -47,6 +45,9 @@ pub fn tensors(classifier: &Classifier, dtype: Dtype) -> Vec<OutTensor<'static>>
             crate::hf::dtype::from_f32(&host_values(value), dtype)
         }));
     });
+    classifier.visit_projections(&mut |module, projection| {
+        out.extend(packed(&name_on_disk(family, &format!("{module}.weight")), projection, dtype));
+    });
     for (name, value) in classifier.buffers() {
         let shape = value.dims();
         out.push(OutTensor::new(name_on_disk(family, &name), dtype, &shape, move || {
@@ -56,22 +57,15 @@ pub fn tensors(classifier: &Classifier, dtype: Dtype) -> Vec<OutTensor<'static>>
     out
 }
 
-/// `config.json` of the origin as the classifier's.
-fn write_config(classifier: &Classifier, origin: &Path, folder: &Path, dtype: Dtype) -> Result<(), HfError> {
-    let mut config = crate::hf::read_json(&origin.join("config.json"))?;
+/// What a `config.json` says of a classifier: its class and the names of its classes.
+fn describe(classifier: &Classifier, config: &mut Map<String, Value>) {
     let labels = &classifier.config.labels;
-    if let Some(map) = config.as_object_mut() {
-        let key = if map.contains_key("torch_dtype") { "torch_dtype" } else { "dtype" };
-        map.insert(key.to_owned(), dtype.torch_name().into());
-        map.insert("architectures".to_owned(), json!([classifier.config.family.architectures[0]]));
-        let by_id = labels.iter().enumerate().map(|(id, name)| (id.to_string(), Value::from(name.as_str())));
-        map.insert("id2label".to_owned(), Value::Object(by_id.collect::<Map<_, _>>()));
-        let by_name = labels.iter().enumerate().map(|(id, name)| (name.clone(), Value::from(id)));
-        map.insert("label2id".to_owned(), Value::Object(by_name.collect::<Map<_, _>>()));
-        map.shift_remove("num_labels"); // follows from id2label
-        let problem = if labels.len() == 1 { "regression" } else { "single_label_classification" };
-        map.insert("problem_type".to_owned(), problem.into());
-    }
-    let text = serde_json::to_string_pretty(&config).unwrap_or_default() + "\n";
-    write_text_atomic(&folder.join("config.json"), &text)
+    config.insert("architectures".to_owned(), json!([classifier.config.family.architectures[0]]));
+    let by_id = labels.iter().enumerate().map(|(id, name)| (id.to_string(), Value::from(name.as_str())));
+    config.insert("id2label".to_owned(), Value::Object(by_id.collect::<Map<_, _>>()));
+    let by_name = labels.iter().enumerate().map(|(id, name)| (name.clone(), Value::from(id)));
+    config.insert("label2id".to_owned(), Value::Object(by_name.collect::<Map<_, _>>()));
+    config.shift_remove("num_labels"); // follows from id2label
+    let problem = if labels.len() == 1 { "regression" } else { "single_label_classification" };
+    config.insert("problem_type".to_owned(), problem.into());
 }

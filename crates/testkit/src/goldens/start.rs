@@ -173,7 +173,7 @@ fn measured<M: Subject>(
     model: &mut M,
     options: StepOptions,
 ) -> Result<Measured, Stop> {
-    let wanted = attach::wanted(model, config);
+    let wanted = attach::wanted(model, config).map_err(failed)?;
     if wanted.is_empty() {
         return Ok(Measured::new());
     }

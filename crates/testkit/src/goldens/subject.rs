@@ -4,7 +4,7 @@ use std::ops::Range;
 use std::path::Path;
 
 use burn::tensor::{Int, Tensor, TensorData};
-use lowrank_core::quant::{Format, Quantisation};
+use lowrank_core::quant::Quantisation;
 use lowrank_models::classifier::{self, Classifier, ClassifierBatch, Input, Labels};
 use lowrank_models::hf::{Checkpoint, Dtype, OutTensor};
 use lowrank_models::save::{self, host_values};
@@ -54,7 +54,7 @@ pub trait Subject: Network {
 impl Subject for Decoder {
     fn load(case: &Case, folder: &Path, options: &Options) -> Result<Self, Stop> {
         let nf4 =
-            case.nf4()?.map(|nf4| Quantisation { format: Format::Nf4, block: nf4.blocksize, double: nf4.double_quant });
+            case.nf4()?.map(|nf4| Quantisation { block: nf4.blocksize, double: nf4.double_quant, ..Quantisation::NF4 });
         let quantise = |module: &str| nf4.filter(|_| case.targets(module));
         let (dtype, device) = (case.compute_dtype()?, &options.device.device);
         let mut decoder = load::load_quantised(folder, dtype, &quantise, device, &mut |_, _, _| {}).map_err(failed)?;

@@ -37,7 +37,7 @@ pub fn run(args: &CompareArgs) -> anyhow::Result<()> {
     let wanted = |name: &String| args.only.is_empty() || args.only.contains(name);
     let without = report.rows.iter().filter(|row| row.place.is_none()).map(|row| &row.variant.name);
     let failed: Vec<&str> = without.filter(|name| wanted(name)).map(String::as_str).collect();
-    match failed.is_empty() || args.report || !is_study {
+    match failed.is_empty() || args.runs.report || !is_study {
         true => Ok(()),
         false => Err(Problem::run(format!("there is no score for {}", failed.join(", ")))
             .hint("the notes above say why; log.txt in a run's folder says more; --retry tries again")
@@ -63,7 +63,7 @@ fn study(path: &Path, args: &CompareArgs) -> Result<(Report, Option<PathBuf>), P
     if let Some(name) = &args.metric {
         study.metric = Metric::new(name, None)?;
     }
-    let options = Options { fresh: args.fresh, retry: args.retry, report_only: args.report, only: args.only.clone() };
+    let options = Options::new(args.runs, args.only.clone());
     let report = run_study(&study, &options)?;
     Ok((report, Some(args.out.clone().unwrap_or_else(|| study.output_dir.clone()))))
 }
@@ -71,9 +71,9 @@ fn study(path: &Path, args: &CompareArgs) -> Result<(Report, Option<PathBuf>), P
 /// A report of run folders.
 fn folders(args: &CompareArgs) -> Result<Report, Problem> {
     let only_for_studies = [
-        ("--fresh", args.fresh),
-        ("--retry", args.retry),
-        ("--report", args.report),
+        ("--fresh", args.runs.fresh),
+        ("--retry", args.runs.retry),
+        ("--report", args.runs.report),
         ("--only", !args.only.is_empty()),
     ];
     if let Some((option, _)) = only_for_studies.iter().find(|(_, given)| *given) {

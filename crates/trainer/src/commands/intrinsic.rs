@@ -28,7 +28,7 @@ pub fn run(args: &IntrinsicArgs) -> anyhow::Result<()> {
     let metric = Metric::new(args.metric.as_deref().unwrap_or("eval_loss"), None)?;
     check(args, &metric)?;
     let study = study(args, &configuration(args)?)?;
-    let options = Options { fresh: args.fresh, retry: args.retry, report_only: args.report, only: vec![] };
+    let options = Options::new(args.runs, vec![]);
     let report = run_study(&study, &options)?;
     let text = format!("{}\n{}", table::terminal(&report), answer(&report, args)?);
     Ok(super::deliver(&text, None)?)

@@ -3,9 +3,8 @@
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
-use burn::module::Module as _;
 use lowrank_kernels::launches::Launches;
-use lowrank_models::parameters;
+use lowrank_models::save;
 
 use crate::checkpoint::{self, Counters};
 use crate::classification::ClassifierSession;
@@ -13,12 +12,13 @@ use crate::cli::{TrainArgs, VERSION};
 use crate::commands::plan::available_bytes;
 use crate::config::{self, Dtype, OnNonFinite, RunConfig, Task};
 use crate::error::Problem;
-use crate::memory::{self, Doing};
+use crate::memory::MemoryWatch;
 use crate::metrics::{MetricsLog, process_memory};
 use crate::optimizer;
 use crate::plan::{self, Category, Machine, Plan};
 use crate::run_dir::{RunDir, SavedCheckpoint, write_atomically};
 use crate::session::Session;
+use crate::shortage::{self, Doing};
 use crate::task::{Batches, LoaderStateOf, TrainingTask};
 use crate::tensorboard::EventWriter;
 use crate::train_loop::{Outcome, Reading, Run, Window};
@@ -47,12 +47,12 @@ pub fn train(config: &RunConfig) -> anyhow::Result<()> {
 }
 
 fn train_task<T: TrainingTask>(config: &RunConfig) -> anyhow::Result<()> {
-    let mut run = match memory::catch(|| prepare::<T>(config)) {
+    let mut run = match shortage::catch(|| prepare::<T>(config)) {
         Ok(run) => run?,
         Err(shortage) => {
             let device = &config.device;
-            let text = memory::message(device, Doing::Loading, &shortage, "the weights alone did not fit");
-            return Err(Problem::run(text).hint(memory::hint(&[])).into());
+            let text = shortage::message(device, Doing::Loading, &shortage, "the weights alone did not fit");
+            return Err(Problem::run(text).hint(shortage::hint(&[])).into());
         }
     };
     match run.train()? {
@@ -82,6 +82,7 @@ pub fn prepare<T: TrainingTask>(config: &RunConfig) -> anyhow::Result<Run<'_, T>
     let data = task.read(config)?;
     let config_text = config::resolved_toml(config, &task.device().description)?;
     announce(config, &task, &config_text);
+    let memory = MemoryWatch::new(&task.device().device);
     let predicted = announce_memory(config, &task);
     let restored = restore(resume.as_ref(), config, &mut task, &mut optimizer)?;
     write_atomically(&dir.config_path(), config_text.as_bytes())?;
@@ -110,8 +111,9 @@ pub fn prepare<T: TrainingTask>(config: &RunConfig) -> anyhow::Result<Run<'_, T>
         metrics,
         reading,
         launches: if reading == Reading::Later { Launches::watch() } else { None },
+        bytes_outside: if memory.is_on_device() { 0 } else { at_start },
+        memory,
         predicted,
-        bytes_at_start: at_start,
         window: Window::default(),
         events,
         stop: on_signals()?,
@@ -133,8 +135,7 @@ fn announce<T: TrainingTask>(config: &RunConfig, task: &T, config_text: &str) {
     for line in config_text.lines().filter(|line| !line.starts_with('#') && !line.is_empty()) {
         tracing::info!("  {line}");
     }
-    let trained: usize = parameters::trained(task.model()).iter().map(|(_, dims)| dims.iter().product::<usize>()).sum();
-    let total = task.model().num_params();
+    let (trained, total) = save::parameter_counts(task.model());
     let share = 100.0 * trained as f64 / total.max(1) as f64;
     let what = match task.adapter() {
         Some(adapter) => format!("adapter on {} modules", adapter.attached.modules.len()),
@@ -156,7 +157,7 @@ fn announce_memory<T: TrainingTask>(config: &RunConfig, task: &T) -> Option<Plan
                 tracing::warn!(
                     "{peak} are needed, and {} are available: the system may end this process. {}",
                     plan::show(available + resting(&plan)),
-                    memory::hint(&savings)
+                    shortage::hint(&savings)
                 );
             }
             Some(plan)

@@ -151,7 +151,8 @@ impl AdapterConfig {
     }
 }
 
-/// `[adapter.lora]`: `y = x W + s (D(x) A) B`, with `s = lora_alpha / r`. Names are those of PEFT's `LoraConfig`.
+/// `[adapter.lora]`: `y = x W + s (D(x) A) B`, with `s = lora_alpha / r`. Names are those of PEFT's `LoraConfig`. It also
+/// adapts convolutions that `target_modules` names: A has the size of the kernel, B is 1 x 1.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct LoraConfig {
@@ -165,7 +166,7 @@ pub struct LoraConfig {
     pub lora_dropout: f64,
     /// How A starts; B always starts at zero. Default `"default"`.
     pub init_lora_weights: InitLoraWeights,
-    /// Which linear layers get an adapter. Default `"all-linear"`.
+    /// Which layers get an adapter. Default `"all-linear"`.
     pub target_modules: TargetModules,
     /// Layers to leave out: names, or one regular expression for the whole name. Default none.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -260,7 +261,7 @@ pub struct DoraConfig {
     pub use_rslora: bool,
     /// Probability that an input of the adapter is dropped while training. Default 0.
     pub lora_dropout: f64,
-    /// Which linear layers get an adapter. Default `"all-linear"`.
+    /// Which layers get an adapter. Default `"all-linear"`.
     pub target_modules: TargetModules,
     /// Layers to leave out: names, or one regular expression for the whole name. Default none.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -311,7 +312,7 @@ pub struct PissaConfig {
     /// Rounds of a randomised decomposition, 4 to 16. Default: the exact decomposition.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub niter: Option<usize>,
-    /// Which linear layers get an adapter. Default `"all-linear"`.
+    /// Which layers get an adapter. Default `"all-linear"`.
     pub target_modules: TargetModules,
     /// Layers to leave out: names, or one regular expression for the whole name. Default none.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -359,7 +360,7 @@ pub struct OloraConfig {
     pub use_rslora: bool,
     /// Probability that an input of the adapter is dropped while training. Default 0.
     pub lora_dropout: f64,
-    /// Which linear layers get an adapter. Default `"all-linear"`.
+    /// Which layers get an adapter. Default `"all-linear"`.
     pub target_modules: TargetModules,
     /// Layers to leave out: names, or one regular expression for the whole name. Default none.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -408,7 +409,7 @@ pub struct CordaConfig {
     pub lora_dropout: f64,
     /// Which part is trained. Default `"ipm"`.
     pub corda_method: CordaMethod,
-    /// Which linear layers get an adapter. Default `"all-linear"`.
+    /// Which layers get an adapter. Default `"all-linear"`.
     pub target_modules: TargetModules,
     /// Layers to leave out: names, or one regular expression for the whole name. Default none.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -467,7 +468,7 @@ pub struct EoraConfig {
     /// Train the repair further. False: it stays as it is computed, and only `modules_to_save` are trained. Default
     /// true.
     pub trained: bool,
-    /// Which linear layers get an adapter. Default `"all-linear"`.
+    /// Which layers get an adapter. Default `"all-linear"`.
     pub target_modules: TargetModules,
     /// Layers to leave out: names, or one regular expression for the whole name. Default none.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -507,7 +508,7 @@ pub struct LoraXsConfig {
     pub lora_alpha: f64,
     /// Probability that an input of the adapter is dropped while training. Default 0.
     pub lora_dropout: f64,
-    /// Which linear layers get an adapter. Default `"all-linear"`.
+    /// Which layers get an adapter. Default `"all-linear"`.
     pub target_modules: TargetModules,
     /// Layers to leave out: names, or one regular expression for the whole name. Default none.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -555,7 +556,7 @@ pub struct LoraSbConfig {
     /// Learning rate of that first step. Default: `learning_rate` divided by the number of warm-up steps, at least 1.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub eta: Option<f64>,
-    /// Which linear layers get an adapter. Default `"all-linear"`.
+    /// Which layers get an adapter. Default `"all-linear"`.
     pub target_modules: TargetModules,
     /// Layers to leave out: names, or one regular expression for the whole name. Default none.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -594,7 +595,7 @@ pub struct SvfitConfig {
     pub r: usize,
     /// Probability that an input of the adapter is dropped while training. Default 0.
     pub lora_dropout: f64,
-    /// Which linear layers get an adapter. Default `"all-linear"`.
+    /// Which layers get an adapter. Default `"all-linear"`.
     pub target_modules: TargetModules,
     /// Layers to leave out: names, or one regular expression for the whole name. Default none.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -634,7 +635,7 @@ pub struct VeraConfig {
     pub d_initial: f64,
     /// Probability that an input of the adapter is dropped while training. Default 0.
     pub vera_dropout: f64,
-    /// Which linear layers get an adapter. Default `"all-linear"`.
+    /// Which layers get an adapter. Default `"all-linear"`.
     pub target_modules: TargetModules,
     /// Layers to leave out: names, or one regular expression for the whole name. Default none.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -675,7 +676,7 @@ pub struct RandloraConfig {
     pub sparse: bool,
     /// Random factors with still more zeros. Not together with `sparse`. Default false.
     pub very_sparse: bool,
-    /// Which linear layers get an adapter. Default `"all-linear"`.
+    /// Which layers get an adapter. Default `"all-linear"`.
     pub target_modules: TargetModules,
     /// Layers to leave out: names, or one regular expression for the whole name. Default none.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -703,19 +704,24 @@ impl Default for RandloraConfig {
     }
 }
 
-/// `[adapter.tucker]`: FLoRA, `y = x W + s ((D(x) A) M) B` with all three factors trained.
+/// `[adapter.tucker]`: FLoRA, `y = x W + s ((D(x) A) M) B` with all three factors trained. It also adapts convolutions that
+/// `target_modules` names, by a core of four axes and a factor for each of them.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct TuckerConfig {
-    /// Columns of A. Default 8.
+    /// Columns of A, or input channels of the core of a convolution. Default 8.
     pub r_in: usize,
-    /// Rows of B. Default 8.
+    /// Rows of B, or output channels of the core of a convolution. Default 8.
     pub r_out: usize,
+    /// Of convolutions: rows of the core, at most as many as the kernel has. Default 2.
+    pub r_rows: usize,
+    /// Of convolutions: columns of the core, at most as many as the kernel has. Default 2.
+    pub r_columns: usize,
     /// Factor s of the update. Default 4.
     pub scale: f64,
     /// Probability that an input of the adapter is dropped while training. Default 0.
     pub dropout: f64,
-    /// Which linear layers get an adapter. Default `"all-linear"`.
+    /// Which layers get an adapter. Default `"all-linear"`.
     pub target_modules: TargetModules,
     /// Layers to leave out: names, or one regular expression for the whole name. Default none.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -732,6 +738,8 @@ impl Default for TuckerConfig {
         Self {
             r_in: 8,
             r_out: 8,
+            r_rows: 2,
+            r_columns: 2,
             scale: 4.0,
             dropout: 0.0,
             target_modules: TargetModules::default(),
@@ -750,7 +758,7 @@ pub struct HraConfig {
     pub r: usize,
     /// Make the reflections orthogonal to each other; they then start at random, not at the base model. Default false.
     pub apply_gs: bool,
-    /// Which linear layers get an adapter. Default `"all-linear"`.
+    /// Which layers get an adapter. Default `"all-linear"`.
     pub target_modules: TargetModules,
     /// Layers to leave out: names, or one regular expression for the whole name. Default none.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -791,7 +799,7 @@ pub struct OftConfig {
     pub eps: f64,
     /// One block for the whole layer instead of one each. Default false.
     pub block_share: bool,
-    /// Which linear layers get an adapter. Default `"all-linear"`.
+    /// Which layers get an adapter. Default `"all-linear"`.
     pub target_modules: TargetModules,
     /// Layers to leave out: names, or one regular expression for the whole name. Default none.
     #[serde(skip_serializing_if = "Option::is_none")]

@@ -227,8 +227,11 @@ fn check_q_galore(galore: &QGaloreConfig, found: &mut Findings) {
     found.require([4, 8].contains(&galore.basis_bits), || {
         format!("optimizer.q_galore.basis_bits is {}, must be 4 or 8", galore.basis_bits)
     });
+    let group = galore.group_size;
+    found.require(group.is_power_of_two() && (32..=4096).contains(&group), || {
+        format!("optimizer.q_galore.group_size is {group}, must be a power of two between 32 and 4096")
+    });
     for (name, value) in [
-        ("group_size", galore.group_size as u64),
         ("gamma_proj", galore.gamma_proj),
         ("queue_size", galore.queue_size as u64),
         ("block_size", galore.block_size as u64),

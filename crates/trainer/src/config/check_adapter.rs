@@ -85,6 +85,8 @@ fn check_method(adapter: &AdapterConfig, found: &mut Findings) {
         AdapterConfig::Tucker(tucker) => {
             check_at_least_one("adapter.tucker.r_in", tucker.r_in as u64, found);
             check_at_least_one("adapter.tucker.r_out", tucker.r_out as u64, found);
+            check_at_least_one("adapter.tucker.r_rows", tucker.r_rows as u64, found);
+            check_at_least_one("adapter.tucker.r_columns", tucker.r_columns as u64, found);
             check_positive("adapter.tucker.scale", tucker.scale, found);
         }
         AdapterConfig::Oft(oft) => check_oft(oft, found),

@@ -130,7 +130,8 @@ impl OptimizerConfig {
 pub struct AdamWConfig {
     /// Peak of the schedule. Default 2e-4, which suits LoRA; full fine-tuning wants about a tenth of it.
     pub learning_rate: f64,
-    /// Peak for everything but the linear layers of the blocks: embeddings, head, norms, biases. Default: `learning_rate`.
+    /// Peak for everything but the linear layers of the blocks and convolutions: embeddings, head, norms, biases. Default:
+    /// `learning_rate`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub plain_learning_rate: Option<f64>,
     /// Decay rates of the two moments. Default [0.9, 0.999].
@@ -351,7 +352,7 @@ impl Default for GaloreConfig {
     }
 }
 
-/// `[optimizer.q_galore]`: GaLore with a basis in 4 bits, refreshes that become rare, 8-bit moments and rounded weights.
+/// `[optimizer.q_galore]`: GaLore with bases held in 4 bits, refreshes that become rare, 8-bit moments and weights held in 8 bits.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct QGaloreConfig {
@@ -387,7 +388,7 @@ pub struct QGaloreConfig {
     pub exact: bool,
     /// Bits of the basis, 4 or 8. Default 4.
     pub basis_bits: u8,
-    /// Values of basis or weight that share a scale. Default 256.
+    /// Values of basis or weight that share a scale, a power of two between 32 and 4096. Default 256.
     pub group_size: usize,
     /// Mean similarity of the last refreshes from which a layer's gap grows. Default 0.4.
     pub cos_threshold: f64,
@@ -405,7 +406,7 @@ pub struct QGaloreConfig {
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum QWeightFormat {
-    /// 8 bits in groups with a scale and a zero, rounded stochastically after each step.
+    /// 8 bits in groups with a scale and a zero: never held in more; rounded stochastically after each step.
     #[default]
     Int8,
     /// 16 bits, rounded stochastically.

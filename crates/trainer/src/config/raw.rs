@@ -141,7 +141,7 @@ pub enum Dtype {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(untagged, expecting = "expected a list of names, or a string: \"all-linear\" or one regular expression")]
 pub enum TargetModules {
-    /// `"all-linear"` (every linear layer but the head), or a regular expression that must match the whole name.
+    /// `"all-linear"` (every linear layer but the head, and no convolution), or a regular expression that must match the whole name.
     Pattern(String),
     /// Last parts of names: `["q_proj", "v_proj"]`.
     Names(Vec<String>),

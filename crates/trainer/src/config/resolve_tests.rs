@@ -377,6 +377,11 @@ fn impossible_combinations_of_low_rank_optimisers() {
         ("galore = { rank = 0 }", &[], "optimizer.galore.rank is 0, must be at least 1"),
         ("q_galore = { basis_bits = 3 }", &[], "optimizer.q_galore.basis_bits is 3, must be 4 or 8"),
         (
+            "q_galore = { group_size = 100 }",
+            &[],
+            "optimizer.q_galore.group_size is 100, must be a power of two between 32 and 4096",
+        ),
+        (
             "dct_adamw = { projected = true, score = \"l1\" }",
             &[],
             "optimizer.dct_adamw.projected forms no dense gradient, which score = \"l1\" and error_feedback need",

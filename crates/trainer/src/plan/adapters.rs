@@ -3,23 +3,23 @@
 //! | adapter | keeps beside q, k, v and so on | scratch |
 //! | --- | --- | --- |
 //! | low-rank | h `[t, r]`, x where A is trained, the mask, `M B diag(c)` where there is M or c | the dropped x |
-//! | the same where `W + s A B` is cheaper | x | `[d_in, d_out]` |
-//! | DoRA | as low-rank, and the output before its scale; with dropout the dropped x | `[r, d_out]` |
-//! | RandLoRA | x, two of `[n r, m]` | `[d_in, d_out]` |
+//! | the same where `W + s A B` is cheaper | x, and the sum where it is no larger than x | `[d_in, d_out]` |
+//! | DoRA | as low-rank, and its output (before the scale on a GPU or beside a bias); with dropout the dropped x | `[r, d_out]` |
+//! | RandLoRA | as above, and `[n r, m]` where the sum is not kept | `[d_in, d_out]` |
 //! | HRA | x, `x V` `[t, r]` | |
-//! | OFT | x, powers of Q: each `d_in b` values | two of `[t, d_in]` |
+//! | OFT | x, powers of Q: each `d_in b` values | |
 
-use lowrank_kernels::merged_linear::{Tracked, is_cheaper};
+use lowrank_kernels::merged_linear::{Tracked, is_cheaper, keeps_sum};
 
 use super::layers::{Segment, backward_product};
 use super::ledger::{Buffer, Category};
 use super::model::{Adapter, Format, LowRank, Parameter};
-use super::operations::Read;
+use super::operations::{Machine, Read};
 use super::tape::Value;
 
 impl Segment<'_> {
-    /// An adapted linear layer, without its bias.
-    pub(super) fn adapted(&mut self, x: Value, weight: &Parameter, adapter: &Adapter, t: usize) -> Value {
+    /// An adapted linear layer, without a trained bias; `biased` tells of a frozen one.
+    pub(super) fn adapted(&mut self, x: Value, weight: &Parameter, adapter: &Adapter, biased: bool, t: usize) -> Value {
         match adapter {
             Adapter::LowRank(delta) => {
                 let mask = self.mask(delta.drops, t * weight.dims[0]);
@@ -27,7 +27,7 @@ impl Segment<'_> {
                 let up = self.folded_up(delta, weight.dims[1]);
                 self.factors(x, weight, mask, [down, up], delta.rank(), t)
             }
-            Adapter::Dora { delta, magnitude, .. } => self.dora(x, weight, delta, magnitude, t),
+            Adapter::Dora { delta, magnitude, .. } => self.dora(x, weight, delta, magnitude, biased, t),
             Adapter::RandLora { lambda, gamma, large, is_small_first, drops } => {
                 let mask = self.mask(*drops, t * weight.dims[0]);
                 let small = self.scaled_small(lambda, gamma);
@@ -132,18 +132,30 @@ impl Segment<'_> {
         self.at.cast(&mut self.tape, &folded, values, 4)
     }
 
-    /// `x (W + s A B)`, with the sum built anew in the backward pass.
+    /// `x (W + s A B)`, with the sum kept for the backward pass or built anew there.
     fn merged(&mut self, x: Value, weight: &Parameter, [down, up]: [Value; 2], t: usize) -> Value {
-        let [m, n] = weight.dims;
-        let sum = self.at.scratch(4.max(self.at.width) * m * n);
+        let ([m, n], nodes) = (weight.dims, [x.node, down.node, up.node]);
+        let sum = self.at.scratch(self.at.width * m * n);
+        drop(self.at.scratch((4.max(self.at.width) - self.at.width) * m * n));
         let y = self.at.product([t, m, n], Read::Plain, Category::Activations);
+        let keeps = keeps_sum(t, n) && nodes[0].is_some();
+        let kept_sum = keeps.then(|| {
+            sum.refile(Category::Activations);
+            sum.clone()
+        });
         drop(sum);
-        let nodes = [x.node, down.node, up.node];
-        let (at, kept) = (self.at.clone(), (x.buffer, down.buffer, up.buffer));
-        let bytes = [kept.1.bytes(), kept.2.bytes()];
+        let bytes = [down.buffer.bytes(), up.buffer.bytes()];
+        let builds = nodes[0].is_some() && !keeps;
+        let factors = (
+            (builds || nodes[2].is_some()).then_some(down.buffer),
+            (builds || nodes[1].is_some()).then_some(up.buffer),
+        );
+        let kept = (nodes[1].is_some() || nodes[2].is_some()).then_some(x.buffer);
+        let at = self.at.clone();
         self.tape.operation(&nodes, y, move |dy, gradients| {
             if nodes[1].is_some() || nodes[2].is_some() {
                 let _dense = at.product([m, t, n], Read::Transposed, Category::Workspace);
+                drop(kept);
                 for (node, bytes) in nodes[1..].iter().zip(bytes) {
                     if node.is_some() {
                         gradients.register(*node, at.ledger.take(Category::Gradients, bytes));
@@ -151,17 +163,25 @@ impl Segment<'_> {
                 }
             }
             if nodes[0].is_some() {
-                let sum = at.scratch(at.width * m * n);
+                let sum = kept_sum.unwrap_or_else(|| at.scratch(at.width * m * n));
                 let dx = at.product([t, n, m], Read::Plain, Category::Workspace);
                 drop((sum, dy));
                 gradients.register(nodes[0], dx);
             }
-            drop(kept);
+            drop(factors);
         })
     }
 
     /// `(x (W + s A B)) * (m / n)`; with dropout `(x - D(x)) W` beside the same of `D(x)`.
-    fn dora(&mut self, x: Value, weight: &Parameter, delta: &LowRank, magnitude: &Parameter, t: usize) -> Value {
+    fn dora(
+        &mut self,
+        x: Value,
+        weight: &Parameter,
+        delta: &LowRank,
+        magnitude: &Parameter,
+        biased: bool,
+        t: usize,
+    ) -> Value {
         let ([m, n], r, at) = (weight.dims, delta.rank(), self.at.clone());
         {
             // Lengths of the columns, off the tape.
@@ -188,13 +208,22 @@ impl Segment<'_> {
         let pair = [self.operand(&delta.down), self.operand(&delta.up)];
         let y = self.factors(input, weight, None, pair, r, t);
         let ratio = self.parameter(magnitude);
-        let scaled = at.activation(t * n);
-        let (nodes, kept, bytes) = ([y.node, ratio.node], y.buffer, 4 * n);
+        // On the CPU the output takes the place of the product and is kept; with dropout the bias is in the rest.
+        let replaces = matches!(at.machine, Machine::Cpu { .. }) && (!biased || rest.is_some());
+        let scaled = match replaces && at.width == 4 {
+            true => y.buffer.clone(),
+            false => at.activation(t * n),
+        };
+        let kept = if replaces { scaled.clone() } else { y.buffer };
+        let (nodes, bytes) = ([y.node, ratio.node], 4 * n);
         let scaled = self.tape.operation(&nodes, scaled, move |dy, gradients| {
-            let through = at.scratch(at.width * t * n);
+            let through = match dy.is_unique() && at.width == 4 {
+                true => dy,
+                false => at.scratch(at.width * t * n),
+            };
             gradients.register(nodes[0], through);
-            gradients.register(nodes[1], at.ledger.take(Category::Gradients, bytes)); // summed in place
-            drop((dy, kept));
+            gradients.register(nodes[1], at.ledger.take(Category::Gradients, bytes));
+            drop(kept);
         });
         match rest {
             Some(rest) => self.at.add(&mut self.tape, Value::constant(rest), scaled),
@@ -202,19 +231,19 @@ impl Segment<'_> {
         }
     }
 
-    /// RandLoRA's `diag(lambda) A diag(gamma)`, `[n r, m]` in f32: two products, of which the tape keeps the first.
+    /// RandLoRA's `diag(lambda) A diag(gamma)`, `[n r, m]` in f32.
     fn scaled_small(&mut self, lambda: &Parameter, gamma: &Parameter) -> Value {
         let ([r, n], [_, m]) = (lambda.dims, gamma.dims);
         let values = n * r * m;
-        let [first, second] = [(), ()].map(|()| self.at.ledger.take(Category::Activations, 4 * values));
+        let small = self.at.ledger.take(Category::Activations, 4 * values);
         let (lambda, gamma) = (self.parameter(lambda), self.parameter(gamma));
         let (at, nodes) = (self.at.clone(), [lambda.node, gamma.node]);
-        let small = self.tape.operation(&nodes, second, move |dy, gradients| {
-            let through = at.scratch(4 * values);
-            gradients.register(nodes[1], at.ledger.take(Category::Gradients, 4 * n * m));
-            drop((dy, first));
+        let small = self.tape.operation(&nodes, small, move |dy, gradients| {
+            let in_rows = at.scratch(4 * values);
+            drop(dy);
             gradients.register(nodes[0], at.ledger.take(Category::Gradients, 4 * r * n));
-            drop(through);
+            gradients.register(nodes[1], at.ledger.take(Category::Gradients, 4 * n * m));
+            drop(in_rows);
         });
         self.at.cast(&mut self.tape, &small, values, 4)
     }
@@ -226,17 +255,14 @@ impl Segment<'_> {
         let leaf = self.parameter(vectors);
         let inner = at.ledger.take(Category::Activations, 4 * (5 * m * r + 4 * r * r));
         let thin = at.product([t, m, r], Read::Plain, Category::Activations);
-        let moved = at.product([t, r, m], Read::Plain, Category::Activations);
+        let moved = at.accumulate([t, r, m], Read::Plain, at.activation(t * m));
         let (nodes, book, kept, bytes) = ([x.node, leaf.node], at, (x.buffer, thin, inner), 4 * m * r);
         let turned = self.tape.operation(&nodes, moved, move |dy, gradients| {
-            let negative = book.scratch(book.width * t * m);
             let thin = book.product([t, m, r], Read::Plain, Category::Workspace);
             gradients.register(nodes[1], book.ledger.take(Category::Gradients, bytes));
-            drop(negative);
-            let dx = nodes[0].map(|_| book.product([t, r, m], Read::Plain, Category::Workspace));
+            let dx = nodes[0].map(|_| book.accumulate([t, r, m], Read::Plain, dy));
             drop((thin, kept));
             if let Some(dx) = dx {
-                gradients.register(nodes[0], dy);
                 gradients.register(nodes[0], dx);
             }
         });
@@ -249,22 +275,15 @@ impl Segment<'_> {
         let leaf = self.parameter(turn);
         let size = turn.dims[0] * block * block;
         let inner = at.ledger.take(Category::Activations, 4 * powers * size);
-        let blocks = at.scratch(at.width * t * m); // x block by block, and the product in that order
-        let product = at.scratch(at.width * t * m);
-        drop(blocks);
         let moved = at.activation(t * m);
-        drop(product);
         let (nodes, book, kept, bytes) = ([x.node, leaf.node], at, (x.buffer, inner), turn.bytes());
         let turned = self.tape.operation(&nodes, moved, move |dy, gradients| {
-            let blocks = book.scratch(book.width * t * m);
-            let product = nodes[0].map(|_| book.scratch(book.width * t * m));
-            drop(book.scratch(4 * 2 * size));
+            let products = book.scratch(4 * 2 * size);
+            let dx = nodes[0].map(|_| book.scratch(book.width * t * m));
+            drop((dy, kept));
+            drop(products);
             gradients.register(nodes[1], book.ledger.take(Category::Gradients, bytes));
-            drop((blocks, kept));
-            if let Some(product) = product {
-                let dx = book.scratch(book.width * t * m);
-                drop(product);
-                gradients.register(nodes[0], dy);
+            if let Some(dx) = dx {
                 gradients.register(nodes[0], dx);
             }
         });

@@ -16,10 +16,10 @@ const GPU_PANEL: usize = 1 << 26;
 pub enum Collect {
     /// `P^T dW Q`, with an update that is not yet in W.
     Projected {
-        /// P and its columns.
-        left: Option<(Buffer, usize)>,
-        /// Q and its columns.
-        right: Option<(Buffer, usize)>,
+        /// P.
+        left: Option<Directions>,
+        /// Q.
+        right: Option<Directions>,
         /// An update that is pending, in the coordinates of P.
         pending: Option<Buffer>,
     },
@@ -28,6 +28,19 @@ pub enum Collect {
         /// r of the pending update.
         pending: Option<usize>,
     },
+}
+
+/// A basis as a layer gets it.
+#[derive(Clone, Debug)]
+pub struct Directions {
+    /// What is held.
+    pub held: Buffer,
+    /// Its columns.
+    pub columns: usize,
+    /// Bytes of the values that a layer makes of it: another type, or no codes any more; 0 where it takes what is held.
+    pub made: usize,
+    /// Bytes that exist beside these while they are made.
+    pub making: usize,
 }
 
 /// The memory of all parameters by name.
@@ -100,7 +113,10 @@ impl<'a> Segment<'a> {
     /// A linear layer.
     pub fn linear(&mut self, x: Value, layer: &Linear, tokens: usize) -> Value {
         let y = match (&layer.adapter, self.collects.get(&layer.weight.name)) {
-            (Some(adapter), _) => self.adapted(x, &layer.weight, adapter, tokens),
+            (Some(adapter), _) => {
+                let biased = layer.bias.as_ref().is_some_and(|bias| !(bias.trained && self.lifts));
+                self.adapted(x, &layer.weight, adapter, biased, tokens)
+            }
             (None, Some(collect)) if self.lifts => self.collected(x, &layer.weight, collect.clone(), tokens),
             (None, _) => self.dense(x, &layer.weight, tokens),
         };
@@ -152,22 +168,35 @@ impl<'a> Segment<'a> {
         &mut self,
         x: Value,
         weight: &Parameter,
-        [left, right]: [Option<(Buffer, usize)>; 2],
+        [left, right]: [Option<Directions>; 2],
         pending: Option<Buffer>,
         t: usize,
     ) -> Value {
         let [m, n] = weight.dims;
         let w = self.operand(weight);
-        let columns = |side: &Option<(Buffer, usize)>| side.as_ref().map(|(_, columns)| *columns);
+        let columns = |side: &Option<Directions>| side.as_ref().map(|side| side.columns);
         let (p, q) = (columns(&left), columns(&right));
+        let made = |side: &Option<Directions>| {
+            side.as_ref().map(|side| {
+                let _making = self.at.scratch(side.making);
+                self.at.scratch(side.made)
+            })
+        };
+        let (left_values, right_values) = (made(&left), made(&right));
         let thin = p.map(|p| self.at.product([t, m, p], Read::Plain, Category::Activations));
-        let y = self.at.product([t, m, n], Read::Plain, Category::Activations);
+        // Kept for the backward step of an update that is pending; else P has done its part.
+        let left_values = left_values.filter(|_| pending.is_some());
+        let y = {
+            let _values = Self::unpacked(self.at, weight);
+            self.at.product([t, m, n], Read::Plain, Category::Activations)
+        };
         let y = match (p, &pending) {
             (Some(p), Some(_)) => self.at.accumulate([t, p, n], Read::Plain, y),
             _ => y,
         };
         let kept = w.node.map(|_| thin.unwrap_or_else(|| x.buffer.clone()));
-        let (at, nodes, weight, bases) = (self.at.clone(), [x.node, w.node], weight.clone(), (left, right, w.buffer));
+        let bases = (left, right, w.buffer, left_values, right_values);
+        let (at, nodes, weight) = (self.at.clone(), [x.node, w.node], weight.clone());
         self.tape.operation(&nodes, y, move |dy, gradients| {
             let thin_dy = q.map(|q| at.product([t, n, q], Read::Plain, Category::Workspace));
             let dims = [p.unwrap_or(m), t, q.unwrap_or(n)];
@@ -190,7 +219,10 @@ impl<'a> Segment<'a> {
         let nodes = [x.node, slots[0].node, slots[1].node];
         self.slots.push((weight.name.clone(), slots));
         let thin = pending.map(|r| self.at.product([t, m, r], Read::Plain, Category::Workspace));
-        let y = self.at.product([t, m, n], Read::Plain, Category::Activations);
+        let y = {
+            let _values = Self::unpacked(self.at, weight);
+            self.at.product([t, m, n], Read::Plain, Category::Activations)
+        };
         drop(thin);
         let (at, weight, kept, w) = (self.at.clone(), weight.clone(), x.buffer, w.buffer);
         self.tape.operation(&nodes, y, move |dy, gradients| {

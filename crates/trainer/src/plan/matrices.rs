@@ -3,7 +3,7 @@
 //! | method | keeps, on the input side | gradient | refresh |
 //! | --- | --- | --- | --- |
 //! | AdamW | `8 m n` bytes | `m n` | |
-//! | GaLore | basis `4 m (r + s)`, moments of R | `[r + s, n]`, dense with `exact` | blocks of `[m, l]`, `[n, l]`, `[t, l]`; an SVD in f64 with `exact` |
+//! | GaLore | basis `4 m (r + s)`, in codes where it is quantised, moments of R | `[r + s, n]`, dense with `exact` | blocks of `[m, l]`, `[n, l]`, `[t, l]`; an SVD in f64 with `exact` |
 //! | DCT-AdamW | moments of R; one `[d, d]` basis for all of a size; E with error feedback | `m n`, or `[r, n]` | two of `m n` |
 //! | APOLLO | P, moments of R | `m n` | |
 //! | Fira | P, moments of R | `m n` | an SVD in f64 |
@@ -15,9 +15,10 @@
 
 use lowrank_core::optim::Side;
 
-use super::layers::Collect;
+use super::layers::{Collect, Directions};
 use super::ledger::{Buffer, Category};
 use super::methods::{Kind, Method, Store};
+use super::model::Format;
 use super::operations::{Operations, Read};
 
 /// The coming step of one matrix.
@@ -148,16 +149,38 @@ impl Matrix {
     }
 
     /// The basis of a side as a layer gets it; `unless` is the side of methods without one. DCT gathers its columns anew.
-    fn held(&self, basis: &Option<Buffer>, unless: Side, rows: usize) -> Option<(Buffer, usize)> {
+    fn held(&self, basis: &Option<Buffer>, unless: Side, rows: usize) -> Option<Directions> {
         if self.method.side == unless {
             return None;
         }
         let columns = self.columns(rows);
         let gathered = || self.at.ledger.take(Category::Projector, 4 * rows * columns);
-        let basis = basis.clone().unwrap_or_else(gathered);
-        // Layers cast a basis to the type of the activations, for the time of a pass.
-        let basis = if self.at.width < 4 { self.at.scratch(self.at.width * rows * columns) } else { basis };
-        Some((basis, columns))
+        let held = basis.clone().unwrap_or_else(gathered);
+        let is_quantised = self.codes().is_some();
+        let made = if is_quantised || self.at.width < 4 { self.at.width * rows * columns } else { 0 };
+        // The basis by itself, before the columns of the norm's sketch come to it.
+        let making = if is_quantised { self.at.width * rows * self.method.rank } else { 0 };
+        Some(Directions { held, columns, made, making })
+    }
+
+    /// The codes that the basis is held in.
+    pub(super) fn codes(&self) -> Option<Format> {
+        match self.method.kind {
+            Kind::Galore { quantised, .. } => quantised,
+            _ => None,
+        }
+    }
+
+    /// Values in f32 of a basis that is held as codes, with so many columns.
+    pub(super) fn values(&self, columns: fn(&Self, usize) -> usize) -> Option<Buffer> {
+        self.codes()?;
+        let [m, n] = self.dims;
+        let side = |rows: usize| 4 * rows * columns(self, rows);
+        Some(self.at.scratch(match self.method.side {
+            Side::Input => side(m),
+            Side::Output => side(n),
+            Side::Both => side(m) + side(n),
+        }))
     }
 
     /// Updates that are not yet in the weight.
@@ -184,10 +207,11 @@ impl Matrix {
         }
         self.is_due = self.is_due && self.plan == Plan::RefreshLagged;
         let [p, q] = self.collected();
+        let bases = self.values(Self::columns);
         let rows = (p != m).then(|| self.at.scratch(4 * t * p));
         let columns = (q != n).then(|| self.at.scratch(4 * t * q));
         let collected = self.at.product_f32([p, t, q], Read::Transposed, Category::Gradients);
-        drop((rows, columns, wide));
+        drop((rows, columns, wide, bases));
         collected
     }
 
@@ -201,6 +225,7 @@ impl Matrix {
         }
         let wide = match self.method.store {
             Store::Bf16 if !self.keeps_weight() => Some(self.at.scratch(4 * values)),
+            Store::Int8 { .. } => Some(self.at.scratch(4 * values)),
             _ if is_strided => Some(self.at.scratch(4 * values)),
             _ => None,
         };
@@ -223,14 +248,16 @@ impl Matrix {
         }
         let update = self.at.scratch(self.method.rule.scratch(low));
         self.keep_beside();
-        drop((projected, copied, update, collected));
+        let basis = self.values(|matrix, _| matrix.method.rank);
+        drop((projected, copied, update, collected, basis));
         self.retired.clear();
         if self.plan == Plan::RefreshLagged {
             self.finish_sketch();
         }
         let rounded = match self.method.store {
             Store::Bf16 if wide.is_some() => Some(self.at.scratch(6 * values)),
-            Store::Int8 => Some(self.at.scratch(5 * values)),
+            // The values on the host; the codes of all threads, and one behind the other.
+            Store::Int8 { .. } => Some(self.at.scratch(6 * values)),
             _ => None,
         };
         drop((wide, rounded));

@@ -2,6 +2,8 @@
 
 use lowrank_core::optim::{ProjType, Side};
 
+use super::model::Format;
+
 /// What turns a projected gradient into a step; see [`lowrank_core::optim::rules`].
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Rule {
@@ -80,8 +82,8 @@ pub enum Kind {
         dense: bool,
         /// Updates wait beside the weight.
         deferred: bool,
-        /// The basis goes through codes of a few bits.
-        quantised: bool,
+        /// The codes that the basis is held in.
+        quantised: Option<Format>,
         /// New directions take the signs of the old ones.
         aligns: bool,
     },
@@ -112,8 +114,11 @@ pub enum Store {
     F32,
     /// bf16.
     Bf16,
-    /// f32 that went through 8-bit codes.
-    Int8,
+    /// 8-bit codes in groups of so many values.
+    Int8 {
+        /// Values of a group.
+        group: usize,
+    },
 }
 
 /// A low-rank method on one matrix.

@@ -24,6 +24,11 @@ impl Format {
     /// NF4 in blocks of 64 with scales in 8 bits, which have an f32 scale for each 256 of them: 4.127 bits a value.
     pub const NF4: Self = Self::Packed { bits: 4, group: 64, group_bits: 8 };
 
+    /// Integer codes with a scale in f32 and a zero of a byte for every group.
+    pub fn groups(bits: usize, group: usize) -> Self {
+        Self::Packed { bits, group, group_bits: 40 }
+    }
+
     /// Bytes of so many values.
     pub fn bytes(self, values: usize) -> usize {
         match self {

@@ -80,7 +80,7 @@ fn method_of(
             gap: table.update_proj_gap.max(1),
             offset: place(!table.exact),
             store: match table.weights {
-                QWeightFormat::Int8 => Store::Int8,
+                QWeightFormat::Int8 => Store::Int8 { group: table.group_size },
                 QWeightFormat::Bf16 => Store::Bf16,
                 QWeightFormat::F32 => Store::F32,
             },
@@ -115,7 +115,7 @@ fn galore_kind(table: &config::GaloreConfig) -> Kind {
         lagged: table.accumulation == config::Accumulation::Lagged,
         dense: table.accumulation == config::Accumulation::Dense,
         deferred: table.merge == Merge::Deferred,
-        quantised: false,
+        quantised: None,
         aligns: table.align_sign.unwrap_or(!table.exact),
     }
 }
@@ -131,7 +131,7 @@ fn q_galore_kind(table: &config::QGaloreConfig) -> Kind {
         lagged: true,
         dense: false,
         deferred: false,
-        quantised: true,
+        quantised: Some(Format::groups(usize::from(table.basis_bits), table.group_size)),
         aligns: !table.exact,
     }
 }
@@ -166,9 +166,15 @@ pub(super) fn store(model: &mut Model, optimizer: &OptimizerConfig, methods: &BT
     {
         model.for_each_parameter(&mut |parameter| parameter.trained &= methods.contains_key(&parameter.name));
     }
+    let stored = |linear: &Linear| methods.get(&linear.weight.name).map(|method| method.store);
     for linear in model.blocks.iter_mut().flat_map(|block| &mut block.linears) {
-        if methods.get(&linear.weight.name).is_some_and(|method| method.store == Store::Bf16) {
+        if stored(linear) == Some(Store::Bf16) {
             linear.weight.format = Format::Dense(2);
+        }
+    }
+    for linear in model.blocks.iter_mut().flat_map(|block| &mut block.linears).chain(&mut model.head) {
+        if let Some(Store::Int8 { group }) = stored(linear) {
+            linear.weight.format = Format::groups(8, group);
         }
     }
 }

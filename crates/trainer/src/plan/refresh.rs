@@ -77,14 +77,15 @@ impl Matrix {
     /// Takes a basis into use: signs, codes, the sketch of the norm.
     fn install(&mut self, basis: Buffer, right: Option<Buffer>) {
         let [m, n] = self.dims;
-        let Kind::Galore { quantised, aligns, deferred, .. } = self.method.kind else { return };
+        let Kind::Galore { aligns, deferred, .. } = self.method.kind else { return };
         let rank = self.method.rank;
         let is_output = self.method.side == Side::Output;
         let rows = if is_output { n } else { m };
+        let old = if self.has_basis() { self.values(|matrix, _| matrix.method.rank) } else { None };
         let signs = if aligns && self.has_basis() { 4 } else { 12 };
         drop(self.at.scratch(signs * rows * rank));
-        if quantised {
-            drop(self.at.scratch(9 * rows * rank)); // host values, codes, values again
+        if self.codes().is_some() {
+            drop(self.at.scratch(5 * rows * rank)); // in the order of the codes, and these
         }
         if deferred && let Some(pending) = self.beside.take() {
             self.retired.push(pending); // merged in this step's update
@@ -93,12 +94,17 @@ impl Matrix {
         let widened = |rows: usize, basis: Buffer| {
             let further = self.columns(rows) - rank;
             let sketch = self.at.scratch(4 * rows * further);
-            let held = self.at.ledger.take(Category::Projector, 4 * rows * (rank + further));
+            let bytes = match self.codes() {
+                Some(codes) => codes.bytes(rows * rank) + 4 * rows * further,
+                None => 4 * rows * (rank + further),
+            };
+            let held = self.at.ledger.take(Category::Projector, bytes);
             drop((basis, sketch));
             held
         };
         let first = widened(rows, basis);
         let second = right.map(|right| widened(n, right));
+        drop(old);
         (self.left, self.right) = if is_output { (None, Some(first)) } else { (Some(first), second) };
     }
 

@@ -107,6 +107,45 @@ fn a_packed_base_takes_its_bits_and_one_dequantised_layer() {
     assert!(forward > plan.of(Category::Weights) + dense as u64);
 }
 
+/// Weights in a byte each and bases in half a byte, each with 5 bytes a group; moments of R.
+#[test]
+fn q_galore_rests_on_codes() {
+    let mut config = config();
+    config.optimizer = toml::from_str("q_galore = { rank = 8, group_size = 64, block_size = 64 }").unwrap();
+    let plan = predict(&config, &decoder(), CPU).unwrap();
+    let codes = BLOCK + 5 * BLOCK / 64;
+    let plain = ALL - L * BLOCK;
+    assert_eq!(plan.of(Category::Weights), (L * codes + 4 * plain) as u64);
+    let outputs = 4 * H + 2 * F;
+    let bases = |rows: usize| 4 * rows + (40 * (8 * rows).div_ceil(64)).div_ceil(8) + 4 * 8 * rows;
+    let bases = L * (6 * bases(H) + bases(F));
+    let moments = L * 8 * 8 * outputs; // f32: fewer than 4096 values a matrix
+    assert_eq!(plan.resting_bytes, (L * codes + bases + moments + 12 * plain) as u64);
+}
+
+/// LLaMA 7B with Q-GaLore, one sequence of 2048 tokens, blocks rebuilt, layers updated at once: below 16 GiB on either machine.
+/// Weights, bases and moments are those of the table in `optim/q_galore.rs`.
+#[test]
+fn seven_billion_parameters_fit_into_16_gib() {
+    let json = include_str!("../../../../configs/pretrain/models/llama-7b/config.json");
+    let decoder = DecoderConfig::from_json(json, "config.json".as_ref()).unwrap();
+    let mut config = config();
+    config.optimizer = toml::from_str("q_galore = { rank = 1024 }").unwrap();
+    config.dtype = crate::config::Dtype::Bf16;
+    config.data.max_seq_length = 2048;
+    config.training.micro_batch_size = 1;
+    config.training.max_grad_norm = 0.0;
+    config.training.gradient_checkpointing = GradientCheckpointing::Block;
+    let gib = |bytes: u64| bytes as f64 / f64::from(1 << 30);
+    for machine in [CPU, Machine::Gpu] {
+        let plan = predict(&config, &decoder, machine).unwrap();
+        let shown = format!("{machine:?}: {} at {}", plan.summary(), plan.peak_phase.name());
+        assert!(gib(plan.peak_bytes) < 16.0, "{:.2} GiB, {shown}", gib(plan.peak_bytes));
+        assert!((gib(plan.resting_bytes) - 12.31).abs() < 0.01, "{:.3} GiB at rest, {shown}", gib(plan.resting_bytes));
+        assert_eq!(plan.trainable_parameters, 6_738_415_616);
+    }
+}
+
 #[test]
 fn suggestions_save_what_they_say() {
     let mut config = config();

@@ -6,6 +6,7 @@ use super::read;
 use super::report::{GridPoint, Report, Variant, rate_text};
 use super::run::{self, State};
 use super::work::Work;
+use crate::cli::StudyRuns;
 use crate::error::Problem;
 
 /// How a study is run.
@@ -19,6 +20,13 @@ pub struct Options {
     pub report_only: bool,
     /// Variants to run; empty for all. The report takes in the others as far as they were run.
     pub only: Vec<String>,
+}
+
+impl Options {
+    /// As the command line says.
+    pub fn new(StudyRuns { fresh, retry, report }: StudyRuns, only: Vec<String>) -> Self {
+        Self { fresh, retry, report_only: report, only }
+    }
 }
 
 /// Runs what is missing of a study and sums it up.

@@ -13,6 +13,17 @@ fn adapter(place: &Workplace, table: &str) {
     place.config("[adapter.lora]\nr = 4\n", table);
 }
 
+/// A run on images with a ResNet.
+fn resnet(place: &Workplace) {
+    place.remove("model");
+    place.copy("models/tiny-resnet", "model");
+    for class in ["red", "blue"] {
+        place.copy(&format!("../../../data/smoke/images/train/{class}"), &format!("images/{class}"));
+    }
+    place.config("base_model", "task = \"image_classification\"\nbase_model");
+    place.config("\"data.jsonl\"", "\"images\"");
+}
+
 /// A row whose fault is an override.
 const fn set(name: &'static str, arguments: &'static str, says: &'static [&'static str]) -> Row {
     Row { name, prepare: |_| {}, arguments, exit_code: 2, says }
@@ -177,9 +188,32 @@ pub(crate) const ROWS: &[Row] = &[
         &[
             "1. adapter.tucker.dropout is 1, must be at least 0 and less than 1",
             "2. adapter.tucker.r_in is 0, must be at least 1",
-            "3. adapter.tucker.scale is 0, must be greater than 0",
+            "3. adapter.tucker.r_rows is 0, must be at least 1",
+            "4. adapter.tucker.scale is 0, must be greater than 0",
         ],
-        |place| adapter(place, "[adapter.tucker]\nr_in = 0\nscale = 0\ndropout = 1\n"),
+        |place| adapter(place, "[adapter.tucker]\nr_in = 0\nr_rows = 0\nscale = 0\ndropout = 1\n"),
+    ),
+    train(
+        "convolutions with a method for linear layers",
+        2,
+        &[
+            "[adapter.vera] does not fit the model",
+            "vera cannot adapt resnet.embedder.embedder.convolution: it is a convolution",
+            "hint: use lora or tucker",
+        ],
+        |place| {
+            resnet(place);
+            adapter(place, "[adapter.vera]\ntarget_modules = [\"convolution\"]\n");
+        },
+    ),
+    train(
+        "no calibration for a method that cannot start",
+        2,
+        &["[adapter.corda] does not fit the model", "corda cannot adapt resnet.embedder.embedder.convolution"],
+        |place| {
+            resnet(place);
+            adapter(place, "[adapter.corda]\ntarget_modules = [\"convolution\"]\n");
+        },
     ),
     train(
         "unknown part of the spectrum",
@@ -251,7 +285,12 @@ pub(crate) const ROWS: &[Row] = &[
     train(
         "rank over the layer",
         2,
-        &["rank 65", "model.layers.0.self_attn.q_proj", "it maps 64 to 64, so r can be at most 64", "hint: lower r"],
+        &[
+            "r = 65 is larger than",
+            "model.layers.0.self_attn.q_proj",
+            "it maps 64 to 64, so r can be at most 64",
+            "hint: lower r",
+        ],
         |place| {
             place.config("r = 4", "r = 65");
         },

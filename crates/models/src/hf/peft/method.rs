@@ -5,7 +5,7 @@
 //! | LoRA, DoRA, VeRA, RandLoRA, HRA, OFT | peft's | peft's |
 //! | PiSSA, OLoRA, CorDA | LoRA of rank 2r over the unchanged base: `([A | A0], [B; -B0])` | peft's |
 //! | EoRA | LoRA | peft's |
-//! | LoRA-XS, LoRA-SB, SVFit, linear FLoRA (`tucker`) | our own: `{"type": "lora_xs", ...}` | our own |
+//! | LoRA-XS, LoRA-SB, SVFit, FLoRA (`tucker`) | our own: `{"type": "lora_xs", ...}` | our own |
 
 use std::path::Path;
 
@@ -90,12 +90,16 @@ pub enum MethodConfig {
         /// Ternary bases with few entries; wins over `sparse`.
         very_sparse: bool,
     },
-    /// Linear FLoRA: both factors and a core between them, all trained.
+    /// FLoRA: a factor for each axis of the weight and a core between them, all trained.
     Tucker {
-        /// Columns of the input factor.
+        /// Rank of the inputs.
         r_in: usize,
-        /// Rows of the output factor.
+        /// Rank of the outputs.
         r_out: usize,
+        /// Rank of the rows of a convolution's kernel, where it has so many.
+        r_rows: usize,
+        /// Rank of its columns.
+        r_columns: usize,
         /// s.
         scale: f64,
     },
@@ -154,6 +158,11 @@ impl MethodConfig {
             Self::Oft { .. } => Some("OFT"),
             Self::LoraXs | Self::LoraSb { .. } | Self::Svfit | Self::Tucker { .. } => None,
         }
+    }
+
+    /// Whether it has a form for convolutions.
+    pub fn adapts_convolutions(&self) -> bool {
+        matches!(self, Self::Lora | Self::Tucker { .. })
     }
 
     /// How the keys of its tensor file are written.
@@ -240,12 +249,17 @@ pub(super) fn own_method(keys: &Keys<'_>, name: &str) -> Result<MethodConfig, Hf
         "lora_sb" => Ok(MethodConfig::LoraSb { eta: keys.number("eta")? }),
         "svfit" => Ok(MethodConfig::Svfit),
         "tucker" => {
-            let rank = |key: &str| match keys.count(key)? {
+            let rank = |key: &str, default: Option<usize>| match keys.count(key)?.or(default) {
                 Some(rank) => Ok(rank),
                 None => keys.fail(key, "missing; expected a rank", ""),
             };
-            let scale = keys.number("scale")?.unwrap_or(4.0);
-            Ok(MethodConfig::Tucker { r_in: rank("r_in")?, r_out: rank("r_out")?, scale })
+            Ok(MethodConfig::Tucker {
+                r_in: rank("r_in", None)?,
+                r_out: rank("r_out", None)?,
+                r_rows: rank("r_rows", Some(2))?,
+                r_columns: rank("r_columns", Some(2))?,
+                scale: keys.number("scale")?.unwrap_or(4.0),
+            })
         }
         other => keys.fail(
             "type",
@@ -274,8 +288,8 @@ pub(super) fn write_method(method: &MethodConfig, keys: &mut Map<String, Value>)
             })
         }
         MethodConfig::LoraSb { eta: Some(eta) } => json!({ "eta": eta }),
-        MethodConfig::Tucker { r_in, r_out, scale } => {
-            json!({"r_in": r_in, "r_out": r_out, "scale": number(*scale)})
+        MethodConfig::Tucker { r_in, r_out, r_rows, r_columns, scale } => {
+            json!({"r_in": r_in, "r_out": r_out, "r_rows": r_rows, "r_columns": r_columns, "scale": number(*scale)})
         }
         _ => return,
     };
@@ -288,9 +302,15 @@ pub(super) fn write_method(method: &MethodConfig, keys: &mut Map<String, Value>)
 pub(super) fn validate_method(config: &AdapterConfig, origin: &Path) -> Result<(), HfError> {
     let fail = |key: &str, reason: String, hint: &str| Err(adapter_error(origin, key, reason, hint));
     match &config.method {
-        MethodConfig::Tucker { r_in, r_out, .. } if *r_in == 0 || *r_out == 0 => {
-            let key = if *r_in == 0 { "r_in" } else { "r_out" };
-            fail(key, "expected a rank of at least 1, got 0".to_string(), "common ranks are 8, 16 and 32")
+        MethodConfig::Tucker { r_in, r_out, r_rows, r_columns, .. } => {
+            let ranks = [("r_in", r_in), ("r_out", r_out), ("r_rows", r_rows), ("r_columns", r_columns)];
+            match ranks.into_iter().find(|(_, rank)| **rank == 0) {
+                Some((key, _)) => {
+                    let hint = "common ranks are 8, 16 and 32, of rows and columns 1 and 2";
+                    fail(key, "expected a rank of at least 1, got 0".to_string(), hint)
+                }
+                None => Ok(()),
+            }
         }
         MethodConfig::Oft { oft_block_size, .. } if *oft_block_size < 2 => fail(
             "oft_block_size",

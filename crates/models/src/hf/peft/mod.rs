@@ -153,14 +153,23 @@ impl AdapterConfig {
         read::validate(self, origin)
     }
 
-    /// Whether a module gets an adapter. With `all-linear` the caller asks for linear layers only; the output heads
-    /// (`lm_head`, `score`, `classifier`) and embeddings are left out here.
+    /// Whether a linear layer or an embedding gets an adapter. `all-linear` leaves out embeddings and the output heads
+    /// (`lm_head`, `score`, `classifier`).
     pub fn targets(&self, module: &str) -> bool {
-        if self.is_excluded(module) {
+        self.chooses(module, true)
+    }
+
+    /// Whether a convolution gets an adapter: `all-linear` means none of them.
+    pub fn targets_convolution(&self, module: &str) -> bool {
+        self.chooses(module, false)
+    }
+
+    fn chooses(&self, module: &str, is_linear: bool) -> bool {
+        if self.is_excluded(module, is_linear) {
             return false;
         }
         let names = match &self.target_modules {
-            Modules::AllLinear => return !is_head_or_embedding(module),
+            Modules::AllLinear => return is_linear && !is_head_or_embedding(module),
             Modules::Pattern(pattern) => return pattern.matches(module),
             Modules::Names(names) => names,
         };
@@ -219,10 +228,10 @@ impl AdapterConfig {
         config
     }
 
-    fn is_excluded(&self, module: &str) -> bool {
+    fn is_excluded(&self, module: &str, is_linear: bool) -> bool {
         let excluded = match &self.exclude_modules {
             None => false,
-            Some(Modules::AllLinear) => !is_head_or_embedding(module),
+            Some(Modules::AllLinear) => is_linear && !is_head_or_embedding(module),
             Some(Modules::Pattern(pattern)) => pattern.matches(module),
             Some(Modules::Names(names)) => is_named(names, module),
         };

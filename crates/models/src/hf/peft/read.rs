@@ -104,7 +104,18 @@ const PEFT: &[(&str, Form)] = &[
 
 /// Our own form.
 const OWN: Form = Form {
-    used: &["alpha", "dropout", "eta", "r_in", "r_out", "scale", "rank_pattern", "alpha_pattern"],
+    used: &[
+        "alpha",
+        "dropout",
+        "eta",
+        "r_in",
+        "r_out",
+        "r_rows",
+        "r_columns",
+        "scale",
+        "rank_pattern",
+        "alpha_pattern",
+    ],
     without_effect: &[],
     r: 8,
     alpha: 8.0,

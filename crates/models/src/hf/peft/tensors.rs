@@ -15,9 +15,9 @@ pub enum KeyForm {
 /// What a tensor is in the module it belongs to, with its shape on disk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Part {
-    /// `lora_A` `[r, in]`; of linear FLoRA `[r_in, in]`.
+    /// `lora_A` `[r, in]`, of a convolution `[r, in, kh, kw]`; of FLoRA `[r_in, in]`.
     A,
-    /// `lora_B` `[out, r]`; of linear FLoRA `[out, r_out]`.
+    /// `lora_B` `[out, r]`, of a convolution `[out, r, 1, 1]`; of FLoRA `[out, r_out]`.
     B,
     /// `lora_embedding_A` `[r, vocab]`.
     EmbeddingA,
@@ -45,8 +45,13 @@ pub enum Part {
     HraU,
     /// OFT's `oft_R` `[blocks, b (b - 1) / 2]`.
     OftR,
-    /// The core `lora_R` `[r, r]` between A and B: `y = x A^T R^T B^T`; of linear FLoRA `[r_out, r_in]`.
+    /// The core `lora_R` `[r, r]` between A and B: `y = x A^T R^T B^T`; of FLoRA `[r_out, r_in]`, of
+    /// its convolutions `[r_out, r_in, r_rows, r_columns]`.
     Core,
+    /// FLoRA's `lora_rows` `[kh, r_rows]` of a convolution.
+    Rows,
+    /// FLoRA's `lora_columns` `[kw, r_columns]` of a convolution.
+    Columns,
     /// SVFit's `sigma` `[r]`: the trained singular values.
     Sigma,
     /// A whole parameter of a module to save; the name is that of the base model's parameter, such as `lm_head.weight`.
@@ -73,6 +78,8 @@ const NAMES: &[(Part, &str)] = &[
     (Part::HraU, "hra_u"),
     (Part::OftR, "oft_R"),
     (Part::Core, "lora_R"),
+    (Part::Rows, "lora_rows"),
+    (Part::Columns, "lora_columns"),
     (Part::Sigma, "sigma"),
 ];
 
@@ -136,7 +143,7 @@ impl AdapterTensor {
 impl Part {
     /// Whether files of this form have it.
     fn is_in(self, form: KeyForm) -> bool {
-        form == KeyForm::Own || !matches!(self, Self::Core | Self::Sigma)
+        form == KeyForm::Own || !matches!(self, Self::Core | Self::Rows | Self::Columns | Self::Sigma)
     }
 
     /// Whether it is the weight of a module in torch, which its key then says.

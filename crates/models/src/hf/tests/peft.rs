@@ -50,6 +50,13 @@ fn texts_are_patterns_for_the_whole_name() {
     let all = with(json!({"target_modules": "All-Linear"}));
     assert_eq!(all.target_modules, Modules::AllLinear);
     assert!(all.targets(Q0) && all.targets(UP1) && !all.targets("lm_head") && !all.targets("model.embed_tokens"));
+    assert!(!all.targets_convolution("resnet.encoder.convolution"));
+    let convolutions = AdapterConfig {
+        target_modules: Modules::Pattern(ModulePattern::whole(".*").unwrap()),
+        exclude_modules: Some(Modules::AllLinear),
+        ..all
+    };
+    assert!(convolutions.targets_convolution("resnet.encoder.convolution") && !convolutions.targets(Q0));
 }
 
 #[test]
@@ -404,7 +411,11 @@ fn own_methods_have_folders_of_their_own() {
     assert_eq!((&svfit.method, svfit.r, svfit.scale_of(Q0)), (&MethodConfig::Svfit, 16, 1.0));
     let tucker = own(json!({"type": "tucker", "r_in": 4, "r_out": 6, "scale": 2.5, "target_modules": ["q_proj"]}));
     assert_eq!((tucker.r, tucker.scale_of(Q0)), (6, 2.5));
-    for mut config in [xs, sb, svfit, tucker] {
+    let convolutions = json!({"type": "tucker", "r_in": 4, "r_out": 6, "r_rows": 3, "target_modules": ["convolution"]});
+    let convolutions = own(convolutions);
+    let method = MethodConfig::Tucker { r_in: 4, r_out: 6, r_rows: 3, r_columns: 2, scale: 4.0 };
+    assert_eq!(convolutions.method, method);
+    for mut config in [xs, sb, svfit, tucker, convolutions] {
         assert_eq!((read(config.to_json()).unwrap(), config.to_metadata()), (config.clone(), None));
         config.lora_dropout = 0.1;
         config.exclude_modules = Some(Modules::Names(vec![V1.to_string()]));

@@ -1,0 +1,152 @@
+//! Attention on a GPU; equations in `crate::attention`. Two ways, one chooser.
+//!
+//! | way | products | scores in memory | flops forward, backward | file |
+//! | --- | --- | --- | --- | --- |
+//! | chunks | Burn's, tuned on the device | `b h c sk` | `4 b h d N`, `10 b h d N` | `chunks.rs` |
+//! | tiles | ours, in fragments (`cmma`) or registers | none | `4 b h d N`, `14 b h d N` | `tiles_forward.rs`, `tiles_backward.rs` |
+//!
+//! N pairs of a query and a key are computed: for chunks those of the band that the host knows, all `sq sk` without one; for tiles
+//! those of every tile's own ranges, read on the device.
+//!
+//! b = 1, h = 32, g = 8, sq = sk = 2048, causal (N = 2.1 M), bf16, on 989 TFLOP/s and 4.8 TB/s (H200 data sheet):
+//!
+//! | d | forward flops, floor | backward flops (10 b h d N), floor | bytes of q k v out, floor | scores of the chunks, floor |
+//! | --- | --- | --- | --- | --- |
+//! | 64 | 17.2 G, 17 us | 43 G, 43 us | 21 MB, 4 us | 1.1 GB, 224 us; backward 1.7 GB, 364 us |
+//! | 128 | 34.4 G, 35 us | 86 G, 87 us | 42 MB, 9 us | the same |
+//!
+//! So attention is bound by arithmetic and the chunks by their scores, 16 bytes a pair forward (f32 written and read twice, weights
+//! written and read) and 26 backward. **No speed was measured on a GPU yet**, and the fragment form has run on none: only
+//! the chunks and the register form were compared with the CPU, on software Vulkan. Hence [`choose`] takes the tiles only where it is
+//! told to; [`AttentionRoute`] is the switch by which a test or a bench on a card compares all three.
+
+mod chunks;
+mod product;
+mod rows;
+mod tile;
+mod tiles_backward;
+mod tiles_forward;
+
+use burn::tensor::DType;
+use burn_cubecl::tensor::CubeTensor;
+use cubecl::ir::features::MmaConfig;
+use cubecl::ir::{ElemType, FloatKind};
+
+use self::product::Form;
+use self::tile::Tile;
+use super::launch::{dense, element};
+use crate::attention::{AttentionHints, AttentionRoute};
+
+/// Sizes and factors of one call.
+#[derive(Clone, Copy)]
+struct Sizes {
+    sequences: usize,
+    queries: usize,
+    keys: usize,
+    heads: usize,
+    groups: usize,
+    width: usize,
+    scale: f32,
+    softcap: f32,
+}
+
+impl Sizes {
+    /// Checks every shape once; the kernels rely on it.
+    fn of([q, k, v, ranges]: &[CubeTensor; 4], scale: f32, softcap: f32) -> Self {
+        let (qd, kd) = (q.meta.shape(), k.meta.shape());
+        assert_eq!(kd.to_vec(), [qd[0], kd[1], kd[2], qd[3]], "shape of k");
+        assert_eq!(v.meta.shape(), kd, "shape of v");
+        assert_eq!(ranges.meta.shape().to_vec(), [qd[0], qd[1], 2], "shape of ranges");
+        assert!(qd[2].is_multiple_of(kd[2]), "query heads are a multiple of key heads");
+        assert!(q.dtype == k.dtype && q.dtype == v.dtype, "q, k and v have one type");
+        Self {
+            sequences: qd[0],
+            queries: qd[1],
+            keys: kd[1],
+            heads: qd[2],
+            groups: kd[2],
+            width: qd[3],
+            scale,
+            softcap,
+        }
+    }
+    fn repeats(&self) -> usize {
+        self.heads / self.groups
+    }
+}
+
+/// Which kernels run.
+enum Way {
+    /// Queries of a chunk, 0 for as many as its memory allows.
+    Chunks(usize),
+    Tiles(Tile),
+}
+
+/// The chooser. Tiles are asked for by name until a card has shown where they win.
+fn choose(route: AttentionRoute, s: &Sizes, q: &CubeTensor, bytes: fn(&Tile, usize) -> usize) -> Way {
+    let tile = match route {
+        AttentionRoute::Chosen => return Way::Chunks(0),
+        AttentionRoute::Chunks(length) => return Way::Chunks(length),
+        AttentionRoute::Registers => tile(Form::Registers, s, q, bytes),
+        AttentionRoute::Fragments => tile(Form::Fragments, s, q, bytes),
+    };
+    assert!(tile.is_some(), "{route:?} has no tile for heads of {} numbers of {:?} on this device", s.width, q.dtype);
+    tile.map_or(Way::Chunks(0), Way::Tiles)
+}
+
+/// The largest tile that the device's shared memory holds; on devices with much of it two cubes share it.
+fn tile(form: Form, s: &Sizes, q: &CubeTensor, bytes: fn(&Tile, usize) -> usize) -> Option<Tile> {
+    let hardware = &q.client.properties().hardware;
+    let shared = hardware.max_shared_memory_size;
+    let budget = if shared >= 128 << 10 { shared / 2 } else { shared };
+    if form == Form::Fragments && !has_fragments(q) {
+        return None;
+    }
+    let sizes: &[(usize, usize)] =
+        if s.width > 128 { &[(32, 32), (16, 16)] } else { &[(64, 64), (64, 32), (32, 32), (16, 16)] };
+    let tile = |&(rows, keys): &(usize, usize)| Tile { form, rows, keys, width: s.width, capped: s.softcap > 0.0 };
+    sizes.iter().map(tile).find(|tile| tile.fits() && bytes(tile, q.dtype.size()) <= budget)
+}
+
+/// Whether 16 x 16 fragments of this type with f32 sums exist, in planes of 32.
+fn has_fragments(q: &CubeTensor) -> bool {
+    let properties = q.client.properties();
+    let kind = element(q);
+    let wanted =
+        MmaConfig { a_type: kind, b_type: kind, cd_type: ElemType::Float(FloatKind::F32), m: 16, n: 16, k: 16 };
+    let planes = (properties.hardware.plane_size_min, properties.hardware.plane_size_max);
+    matches!(q.dtype, DType::F16 | DType::BF16)
+        && planes == (32, 32)
+        && properties.features.matmul.cmma.contains(&wanted)
+}
+
+pub(super) fn forward(
+    inputs: [CubeTensor; 4],
+    scale: f32,
+    softcap: f32,
+    hints: AttentionHints,
+) -> (CubeTensor, CubeTensor) {
+    let s = Sizes::of(&inputs, scale, softcap);
+    let inputs = inputs.map(dense);
+    match choose(hints.route, &s, &inputs[0], Tile::forward_bytes) {
+        Way::Chunks(length) => chunks::forward(s, inputs, hints.keys, length),
+        Way::Tiles(tile) => tiles_forward::forward(s, tile, inputs),
+    }
+}
+
+/// `outputs` are the output of the forward, its log-sum-exp and the gradient of the output.
+pub(super) fn backward(
+    inputs: [CubeTensor; 4],
+    outputs: [CubeTensor; 3],
+    scale: f32,
+    softcap: f32,
+    hints: AttentionHints,
+) -> (CubeTensor, CubeTensor, CubeTensor) {
+    let s = Sizes::of(&inputs, scale, softcap);
+    assert_eq!(outputs[2].meta.shape(), inputs[0].meta.shape(), "shape of the output's gradient");
+    let (inputs, outputs) = (inputs.map(dense), outputs.map(dense));
+    match choose(hints.route, &s, &inputs[0], Tile::backward_bytes) {
+        Way::Chunks(length) => chunks::backward(s, inputs, outputs, hints.keys, length),
+        Way::Tiles(tile) => tiles_backward::backward(s, tile, inputs, outputs),
+    }
+}

@@ -1,0 +1,306 @@
+//! The tiled backward kernels. Gradients of queries: one cube per tile of queries of one head, a loop over keys. Gradients of keys
+//! and values: one cube per tile of keys of one group, a loop over the queries that see them and over the heads of the group.
+//!
+//! Both rebuild scores and probabilities tile by tile, `P = exp(S - lse)`, and write every gradient once: no atomics, so the order
+//! of every sum is fixed. Five products forward again: S and dP twice, dQ, dK, dV once: 14 b h d N flops of which 4 are rebuilding.
+
+use burn_cubecl::tensor::CubeTensor;
+use cubecl::prelude::*;
+
+use super::super::launch::{element, empty_like, vector_size};
+use super::Sizes;
+use super::product::{Accumulator, UNITS};
+use super::rows::{cap, delta};
+use super::tile::{ALIGN, Lengths, LengthsLaunch, Ranges, Tile, load_numbers, load_rows};
+
+/// What a tile of queries brings along.
+#[derive(CubeType)]
+struct Queries<E: Float> {
+    q: Shared<[E]>,
+    d_out: Shared<[E]>,
+    lse: Shared<[f32]>,
+    delta: Shared<[f32]>,
+    ranges: Ranges,
+}
+
+#[cube]
+impl<E: Float> Queries<E> {
+    fn new(#[comptime] t: Tile) -> Queries<E> {
+        Queries::<E> {
+            q: Shared::<[E]>::new_aligned_slice(comptime!(t.rows * t.wide()), ALIGN),
+            d_out: Shared::<[E]>::new_aligned_slice(comptime!(t.rows * t.wide()), ALIGN),
+            lse: Shared::<[f32]>::new_slice(t.rows),
+            delta: Shared::<[f32]>::new_slice(t.rows),
+            ranges: Ranges::new(t.rows),
+        }
+    }
+
+    /// Everything but the ranges, of `count` rows of one head from `row` of `[b sq]` on. The caller synchronises.
+    fn load<N: Size>(
+        &mut self,
+        q: &[Vector<E, N>],
+        d_out: &[Vector<E, N>],
+        lse: &[f32],
+        delta: &[f32],
+        row: usize,
+        head: usize,
+        count: usize,
+        sizes: &Lengths,
+        #[comptime] t: Tile,
+    ) {
+        let start = row * sizes.heads + head;
+        let stride = sizes.heads * t.width;
+        load_rows::<E, N>(q, &mut self.q, start * t.width, stride, count, t.rows, t);
+        load_rows::<E, N>(d_out, &mut self.d_out, start * t.width, stride, count, t.rows, t);
+        load_numbers(lse, &mut self.lse, start, sizes.heads, count, t.rows);
+        load_numbers(delta, &mut self.delta, start, sizes.heads, count, t.rows);
+    }
+
+    /// `(P, dS / scale)` of row `row` and column `column` of the tile whose keys start at `key`, from `Q K^T` and `dO V^T`.
+    fn cell(
+        &self,
+        row: usize,
+        column: usize,
+        key: usize,
+        score: f32,
+        d_weight: f32,
+        scale: f32,
+        softcap: f32,
+        #[comptime] t: Tile,
+    ) -> (f32, f32) {
+        let at = (key + column) as i32;
+        let seen = at >= self.ranges.first[row] && at < self.ranges.end[row];
+        let (score, slope) = cap(score * scale, softcap, t.capped);
+        let weight = select(seen, (score - self.lse[row]).exp(), 0.0);
+        (weight, weight * (d_weight - self.delta[row]) * slope)
+    }
+
+    /// Raw tiles `Q K^T` and `dO V^T`.
+    fn products(
+        &self,
+        keys: &Shared<[E]>,
+        values: &Shared<[E]>,
+        scores: &mut Shared<[f32]>,
+        d_weights: &mut Shared<[f32]>,
+        #[comptime] t: Tile,
+    ) {
+        let mut raw = Accumulator::zeros(comptime!(t.scores()));
+        raw.add::<E>(&self.q, keys, comptime!(t.scores()));
+        raw.store(scores, comptime!(t.narrow()), comptime!(t.scores()));
+        let mut raw = Accumulator::zeros(comptime!(t.scores()));
+        raw.add::<E>(&self.d_out, values, comptime!(t.scores()));
+        raw.store(d_weights, comptime!(t.narrow()), comptime!(t.scores()));
+    }
+}
+
+#[cube(launch)]
+fn query_gradient_kernel<E: Float, I: Int, N: Size>(
+    q: &[Vector<E, N>],
+    k: &[Vector<E, N>],
+    v: &[Vector<E, N>],
+    d_out: &[Vector<E, N>],
+    lse: &[f32],
+    delta: &[f32],
+    ranges: &[I],
+    dq: &mut [E],
+    sizes: Lengths,
+    scale: f32,
+    softcap: f32,
+    #[comptime] t: Tile,
+    #[define(E)] _element: ElemType,
+    #[define(I)] _int: ElemType,
+) {
+    let mut queries = Queries::<E>::new(t);
+    let mut keys = Shared::<[E]>::new_aligned_slice(comptime!(t.keys * t.wide()), ALIGN);
+    let mut values = Shared::<[E]>::new_aligned_slice(comptime!(t.keys * t.wide()), ALIGN);
+    let mut scores = Shared::<[f32]>::new_aligned_slice(comptime!(t.cells()), ALIGN);
+    let mut d_weights = Shared::<[f32]>::new_aligned_slice(comptime!(t.cells()), ALIGN);
+    let mut d_scores = Shared::<[E]>::new_aligned_slice(comptime!(t.rows * t.narrow()), ALIGN);
+    let mut factors = Shared::<[f32]>::new_slice(t.rows);
+
+    let sequence = CUBE_POS_Y as usize / sizes.heads;
+    let head = CUBE_POS_Y as usize % sizes.heads;
+    let group = head / (sizes.heads / sizes.groups);
+    let query = ((sizes.queries - 1) / t.rows - CUBE_POS_X as usize) * t.rows;
+    let row = sequence * sizes.queries + query;
+    let count = min(sizes.queries - query, t.rows.runtime());
+    let key_stride = sizes.groups * t.width;
+    let unit = UNIT_POS as usize;
+
+    queries.ranges.load::<I>(ranges, row, count, sizes.keys, t.rows);
+    queries.load::<N>(q, d_out, lse, delta, row, head, count, &sizes, t);
+    if unit < t.rows {
+        factors[unit] = scale;
+    }
+    sync_cube();
+    let (first, end) = queries.ranges.span(sizes.keys, t.rows);
+    let mut sums = Accumulator::zeros(comptime!(t.over_keys()));
+    let mut key = first;
+    while key < end {
+        let start = ((sequence * sizes.keys + key) * sizes.groups + group) * t.width;
+        let key_count = min(sizes.keys - key, t.keys.runtime());
+        load_rows::<E, N>(k, &mut keys, start, key_stride, key_count, t.keys, t);
+        load_rows::<E, N>(v, &mut values, start, key_stride, key_count, t.keys, t);
+        sync_cube();
+        queries.products(&keys, &values, &mut scores, &mut d_weights, t);
+        sync_cube();
+        let mut i = unit;
+        while i < comptime!(t.rows * t.keys) {
+            let row = i / t.keys;
+            let column = i % t.keys;
+            let at = row * comptime!(t.narrow()) + column;
+            let (_weight, d_score) = queries.cell(row, column, key, scores[at], d_weights[at], scale, softcap, t);
+            d_scores[at] = E::cast_from(d_score);
+            i += UNITS;
+        }
+        sync_cube();
+        sums.add::<E>(&d_scores, &keys, comptime!(t.over_keys()));
+        sync_cube();
+        key += t.keys;
+    }
+    let start = (row * sizes.heads + head) * t.width;
+    sums.write::<E>(dq, start, sizes.heads * t.width, count, &factors, &mut scores, comptime!(t.over_keys()));
+}
+
+#[cube(launch)]
+fn key_gradient_kernel<E: Float, I: Int, N: Size>(
+    q: &[Vector<E, N>],
+    k: &[Vector<E, N>],
+    v: &[Vector<E, N>],
+    d_out: &[Vector<E, N>],
+    lse: &[f32],
+    delta: &[f32],
+    ranges: &[I],
+    dk: &mut [E],
+    dv: &mut [E],
+    sizes: Lengths,
+    scale: f32,
+    softcap: f32,
+    #[comptime] t: Tile,
+    #[define(E)] _element: ElemType,
+    #[define(I)] _int: ElemType,
+) {
+    let mut queries = Queries::<E>::new(t);
+    let mut keys = Shared::<[E]>::new_aligned_slice(comptime!(t.keys * t.wide()), ALIGN);
+    let mut values = Shared::<[E]>::new_aligned_slice(comptime!(t.keys * t.wide()), ALIGN);
+    let mut scores = Shared::<[f32]>::new_aligned_slice(comptime!(t.cells()), ALIGN);
+    let mut d_weights = Shared::<[f32]>::new_aligned_slice(comptime!(t.cells()), ALIGN);
+    let mut weights = Shared::<[E]>::new_aligned_slice(comptime!(t.rows * t.narrow()), ALIGN);
+    let mut d_scores = Shared::<[E]>::new_aligned_slice(comptime!(t.rows * t.narrow()), ALIGN);
+    let mut factors = Shared::<[f32]>::new_slice(t.keys);
+
+    let sequence = CUBE_POS_Y as usize / sizes.groups;
+    let group = CUBE_POS_Y as usize % sizes.groups;
+    let repeats = sizes.heads / sizes.groups;
+    let key = CUBE_POS_X as usize * t.keys;
+    let key_count = min(sizes.keys - key, t.keys.runtime());
+    let start = ((sequence * sizes.keys + key) * sizes.groups + group) * t.width;
+    let stride = sizes.groups * t.width;
+    let unit = UNIT_POS as usize;
+
+    load_rows::<E, N>(k, &mut keys, start, stride, key_count, t.keys, t);
+    load_rows::<E, N>(v, &mut values, start, stride, key_count, t.keys, t);
+    let mut dk_sums = Accumulator::zeros(comptime!(t.over_queries()));
+    let mut dv_sums = Accumulator::zeros(comptime!(t.over_queries()));
+    let mut query = 0usize.runtime();
+    while query < sizes.queries {
+        let row = sequence * sizes.queries + query;
+        let count = min(sizes.queries - query, t.rows.runtime());
+        queries.ranges.load::<I>(ranges, row, count, sizes.keys, t.rows);
+        sync_cube();
+        let (first, end) = queries.ranges.span(sizes.keys, t.rows);
+        // the same answer in every unit of the cube
+        if first < key + key_count && key < end {
+            for repeat in 0..repeats {
+                let head = group * repeats + repeat;
+                queries.load::<N>(q, d_out, lse, delta, row, head, count, &sizes, t);
+                sync_cube();
+                queries.products(&keys, &values, &mut scores, &mut d_weights, t);
+                sync_cube();
+                let mut i = unit;
+                while i < comptime!(t.rows * t.keys) {
+                    let row = i / t.keys;
+                    let column = i % t.keys;
+                    let at = row * comptime!(t.narrow()) + column;
+                    let (weight, d_score) =
+                        queries.cell(row, column, key, scores[at], d_weights[at], scale, softcap, t);
+                    weights[at] = E::cast_from(weight);
+                    d_scores[at] = E::cast_from(d_score);
+                    i += UNITS;
+                }
+                sync_cube();
+                dv_sums.add::<E>(&weights, &queries.d_out, comptime!(t.over_queries()));
+                dk_sums.add::<E>(&d_scores, &queries.q, comptime!(t.over_queries()));
+                sync_cube();
+            }
+        }
+        sync_cube();
+        query += t.rows;
+    }
+    if unit < t.keys {
+        factors[unit] = scale;
+    }
+    sync_cube();
+    dk_sums.write::<E>(dk, start, stride, key_count, &factors, &mut scores, comptime!(t.over_queries()));
+    sync_cube();
+    if unit < t.keys {
+        factors[unit] = 1.0;
+    }
+    sync_cube();
+    dv_sums.write::<E>(dv, start, stride, key_count, &factors, &mut scores, comptime!(t.over_queries()));
+}
+
+pub(super) fn backward(
+    s: Sizes,
+    t: Tile,
+    [q, k, v, ranges]: [CubeTensor; 4],
+    [out, lse, d_out]: [CubeTensor; 3],
+) -> (CubeTensor, CubeTensor, CubeTensor) {
+    let delta = delta(&out, &d_out);
+    let (dq, dk, dv) = (empty_like(&q), empty_like(&k), empty_like(&v));
+    let (client, kinds) = (q.client.clone(), (element(&q), element(&ranges)));
+    let vector = vector_size(&[&q, &k, &v, &d_out]);
+    let lengths = || LengthsLaunch::new(s.queries, s.keys, s.heads, s.groups);
+    query_gradient_kernel::launch(
+        &client,
+        CubeCount::Static(s.queries.div_ceil(t.rows) as u32, (s.sequences * s.heads) as u32, 1),
+        CubeDim::new_1d(UNITS as u32),
+        vector,
+        q.clone().into_buffer_arg(),
+        k.clone().into_buffer_arg(),
+        v.clone().into_buffer_arg(),
+        d_out.clone().into_buffer_arg(),
+        lse.clone().into_buffer_arg(),
+        delta.clone().into_buffer_arg(),
+        ranges.clone().into_buffer_arg(),
+        dq.clone().into_buffer_arg(),
+        lengths(),
+        s.scale,
+        s.softcap,
+        t,
+        kinds.0,
+        kinds.1,
+    );
+    key_gradient_kernel::launch(
+        &client,
+        CubeCount::Static(s.keys.div_ceil(t.keys) as u32, (s.sequences * s.groups) as u32, 1),
+        CubeDim::new_1d(UNITS as u32),
+        vector,
+        q.into_buffer_arg(),
+        k.into_buffer_arg(),
+        v.into_buffer_arg(),
+        d_out.into_buffer_arg(),
+        lse.into_buffer_arg(),
+        delta.into_buffer_arg(),
+        ranges.into_buffer_arg(),
+        dk.clone().into_buffer_arg(),
+        dv.clone().into_buffer_arg(),
+        lengths(),
+        s.scale,
+        s.softcap,
+        t,
+        kinds.0,
+        kinds.1,
+    );
+    (dq, dk, dv)
+}
