@@ -42,6 +42,7 @@ mod column_scale;
 mod cross_entropy;
 mod gated;
 mod gemm;
+pub mod launches;
 mod linear;
 mod lowrank_linear;
 pub mod map8;

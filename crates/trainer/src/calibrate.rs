@@ -225,7 +225,7 @@ fn run<M: Network>(
         let denominator = (batch.target_count().max(1) * samples.len().max(1)) as f64;
         sequences.announce(rows, samples);
         // What the layers hand over is looked at and dropped: nothing accumulates but the sums.
-        let loss = pass.run(batch, denominator, index as u64, &mut Accumulated::default(), optimizer, None);
+        let loss = pass.run(batch, denominator, index as u64, &mut Accumulated::default(), optimizer, None).read();
         if !loss.is_finite() {
             phase.finish();
             let what = format!("the loss of calibration batch {index} (records {:?}) is {loss}", batch.records());

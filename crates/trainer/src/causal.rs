@@ -16,6 +16,7 @@ use crate::device::ChosenDevice;
 use crate::error::Problem;
 use crate::evaluate::{self, Question};
 use crate::plan;
+use crate::plan::advice::{Suggestion, suggestions};
 use crate::session::{Adapter, Session, file_dtype};
 use crate::step::StepOptions;
 use crate::task::{Batches, Evaluated, TrainingTask, data_problem};
@@ -113,6 +114,10 @@ impl TrainingTask for Session {
 
     fn predicted(&self, config: &RunConfig) -> Option<Result<plan::Plan, Problem>> {
         Some(plan::predict(config, &self.decoder.config, plan::machine_of(&self.device.description)))
+    }
+
+    fn savings(&self, config: &RunConfig, plan: &plan::Plan) -> Result<Vec<Suggestion>, Problem> {
+        suggestions(config, &self.decoder.config, plan::machine_of(&self.device.description), plan)
     }
 
     fn save_model(&self, config: &RunConfig, folder: &Path) -> Result<(), Problem> {

@@ -28,6 +28,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::error::Problem;
+use crate::loss_scale::LossScale;
 
 /// A number that a checkpoint brings back to the bit. It is stored as text: JSON has no NaN, which the loss of a step that
 /// was left out may be.
@@ -71,6 +72,9 @@ pub struct Counters {
     pub best: Option<(Exact, u64)>,
     /// Evaluations since the lowest.
     pub evaluations_since_best: u64,
+    /// The loss scale of a run in f16.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub loss_scale: Option<LossScale>,
 }
 
 #[derive(Serialize, Deserialize)]

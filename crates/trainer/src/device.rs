@@ -136,8 +136,11 @@ pub fn compute_type(dtype: Dtype, chosen: &ChosenDevice) -> Result<FloatDType, P
         return Ok(wanted);
     }
     let name = format!("{dtype:?}").to_lowercase();
+    let others = [("bf16", FloatDType::BF16), ("f16", FloatDType::F16), ("f32", FloatDType::F32)];
+    let can = others.into_iter().filter(|(_, dtype)| chosen.device.supports_dtype(*dtype));
+    let can: Vec<String> = can.map(|(name, _)| format!("\"{name}\"")).collect();
     Err(Problem::config(format!("device {} does not compute in {name}", chosen.description))
-        .hint("use dtype = \"f32\", or another device"))
+        .hint(format!("use another device, or one of the types it has: dtype = {}", can.join(", "))))
 }
 
 /// Which implementation of the kernels a device runs, for the log.

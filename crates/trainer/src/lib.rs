@@ -9,8 +9,9 @@
 //! | [`task`], [`causal`], [`classification`] | what the loop needs of a task: model, batches, evaluation; and the tasks there are |
 //! | [`session`] | device, model, tokenizer and adapter of a run |
 //! | [`step`] | one forward and backward pass, segment by segment |
+//! | [`update`], [`loss_scale`] | one optimiser step; the scale of the loss in f16 |
 //! | [`train_loop`], [`rates`] | the loop on one page; learning rates |
-//! | [`plan`], [`memory`] | how much memory a run will need; how much it takes |
+//! | [`plan`], [`memory`], [`shortage`] | how much memory a run will need; how much it takes; what is said when there is none left |
 //! | [`analysis`] | what training did to a model, in numbers |
 //! | [`checkpoint`] | everything a resume needs |
 //! | [`evaluate`] | loss and exact match on held-out data |
@@ -32,6 +33,7 @@ pub mod data;
 pub mod device;
 pub mod error;
 pub mod evaluate;
+pub mod loss_scale;
 pub mod memory;
 pub mod metrics;
 pub mod optimizer;
@@ -41,8 +43,10 @@ pub mod rates;
 pub mod run_dir;
 pub mod scores;
 pub mod session;
+pub mod shortage;
 pub mod step;
 pub mod study;
 pub mod task;
 pub mod tensorboard;
 pub mod train_loop;
+pub mod update;

@@ -15,8 +15,13 @@ use serde_json::{Map, Value};
 use crate::error::Problem;
 
 /// Keys that depend on the clock and the machine and so differ between two runs of the same training.
-pub const VOLATILE: [&str; 8] = [
+pub const VOLATILE: [&str; 13] = [
+    "tensor_bytes",
     "step_ms",
+    "host_ms",
+    "launches",
+    "measured_memory_bytes",
+    "predicted_memory_bytes",
     "tokens_per_second",
     "memory_bytes",
     "peak_memory_bytes",
@@ -41,12 +46,28 @@ pub struct TrainLine {
     pub learning_rate: f64,
     /// Tokens that were trained on since the start of the run, padding not counted.
     pub tokens: u64,
-    /// Tokens per second of this step.
+    /// Tokens per second since the line before.
     pub tokens_per_second: f64,
-    /// Duration of the step in milliseconds.
+    /// Duration of a step in milliseconds, mean since the line before.
     pub step_ms: f64,
+    /// On a graphics card: of it, the time until the host had put everything into the queue to the card. The queue is bounded, so
+    /// it is near `step_ms` where the card is the slower one; what is left is the wait for the values of this line.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub host_ms: Option<f64>,
+    /// On a graphics card: kernels launched in a step, mean since the line before.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub launches: Option<f64>,
+    /// In f16: factor of the loss in the next backward pass.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub loss_scale: Option<f64>,
+    /// In f16: steps that were left out so far because a gradient did not fit.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub skipped_steps: Option<u64>,
     /// Memory in use: of the device where it tells, else of the process.
     pub memory_bytes: u64,
+    /// On a graphics card: what tensors use of it between two steps.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tensor_bytes: Option<u64>,
     /// Most bytes of gradients that existed at the same time.
     pub gradient_bytes: u64,
     /// Bytes of the optimiser's state.
@@ -131,6 +152,11 @@ pub struct SummaryLine {
     /// What was predicted for it at the start, where a prediction could be made.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub predicted_peak_memory_bytes: Option<u64>,
+    /// Measured memory: parts that a run holds between steps, gradients, and the rest of the peak as `temporary`.
+    pub measured_memory_bytes: BTreeMap<String, u64>,
+    /// What was predicted for them at the moment of the most, where a prediction could be made.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub predicted_memory_bytes: BTreeMap<String, u64>,
     /// Duration of the run since it was last started.
     pub wall_seconds: f64,
 }
@@ -174,6 +200,11 @@ impl Line {
                     ("train/gradient_bytes", line.gradient_bytes as f64),
                     ("train/optimizer_bytes", line.optimizer_bytes as f64),
                 ];
+                scalars.extend(line.tensor_bytes.map(|bytes| ("train/tensor_bytes", bytes as f64)));
+                scalars.extend(line.host_ms.map(|ms| ("train/host_ms", ms)));
+                scalars.extend(line.launches.map(|count| ("train/launches", count)));
+                scalars.extend(line.loss_scale.map(|scale| ("train/loss_scale", scale)));
+                scalars.extend(line.skipped_steps.map(|steps| ("train/skipped_steps", steps as f64)));
                 if let Some(subspace) = &line.subspace {
                     scalars.extend(subspace.captured_energy.map(|share| ("train/captured_energy", share)));
                     scalars.extend(subspace.subspace_overlap.map(|share| ("train/subspace_overlap", share)));

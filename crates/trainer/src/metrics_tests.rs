@@ -12,7 +12,12 @@ fn train(step: u64, loss: f64) -> Line {
         tokens: 64 * step,
         tokens_per_second: 100.0,
         step_ms: 640.0,
+        host_ms: None,
+        launches: None,
+        loss_scale: None,
+        skipped_steps: None,
         memory_bytes: 1024,
+        tensor_bytes: None,
         gradient_bytes: 256,
         optimizer_bytes: 512,
         subspace: None,
@@ -47,6 +52,8 @@ fn summary(step: u64) -> Line {
         tokens: 5,
         peak_memory_bytes: 6,
         predicted_peak_memory_bytes: Some(5),
+        measured_memory_bytes: [("weights".to_owned(), 1)].into(),
+        predicted_memory_bytes: [("weights".to_owned(), 2)].into(),
         wall_seconds: 7.5,
     })
 }
@@ -64,7 +71,7 @@ fn lines_have_the_documented_fields() {
     let expected = [
         r#"{"kind":"train","step":1,"epoch":0.5,"loss":0.30000000000000004,"grad_norm":1.25,"learning_rate":0.0001,"tokens":64,"tokens_per_second":100.0,"step_ms":640.0,"memory_bytes":1024,"gradient_bytes":256,"optimizer_bytes":512}"#,
         r#"{"kind":"eval","step":1,"loss":2.0,"perplexity":7.5,"tokens":10,"seconds":0.1}"#,
-        r#"{"kind":"summary","step":1,"ended_by":"max_steps","train_loss":1.0,"eval_loss":2.0,"trainable_parameters":3,"total_parameters":4,"tokens":5,"peak_memory_bytes":6,"predicted_peak_memory_bytes":5,"wall_seconds":7.5}"#,
+        r#"{"kind":"summary","step":1,"ended_by":"max_steps","train_loss":1.0,"eval_loss":2.0,"trainable_parameters":3,"total_parameters":4,"tokens":5,"peak_memory_bytes":6,"predicted_peak_memory_bytes":5,"measured_memory_bytes":{"weights":1},"predicted_memory_bytes":{"weights":2},"wall_seconds":7.5}"#,
     ];
     assert_eq!(text.lines().collect::<Vec<_>>(), expected);
 }

@@ -350,10 +350,12 @@ fn q_galore_method(
 }
 
 /// Whether a layer may be updated before the backward pass has ended. All that most methods need of a step is in the layer's own
-/// gradient, so only clipping, accumulation and skipped steps stand against it; a subspace of all layers needs all gradients.
+/// gradient, so only clipping, accumulation and skipped steps stand against it; a subspace of all layers needs all gradients. In
+/// f16 a step may have to be left out.
 pub fn updates_immediately(config: &RunConfig) -> bool {
     !matches!(config.optimizer, OptimizerConfig::Intrinsic(_))
         && config.training.gradient_accumulation_steps == 1
         && config.training.max_grad_norm == 0.0
         && config.training.on_non_finite == config::OnNonFinite::Stop
+        && config.dtype != config::Dtype::F16
 }

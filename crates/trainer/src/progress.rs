@@ -266,7 +266,12 @@ mod tests {
             tokens: 5120,
             tokens_per_second: 512.4,
             step_ms: 1000.0,
+            host_ms: None,
+            launches: None,
+            loss_scale: None,
+            skipped_steps: None,
             memory_bytes: 3 << 29,
+            tensor_bytes: None,
             gradient_bytes: 0,
             optimizer_bytes: 0,
             subspace: None,
@@ -312,6 +317,8 @@ mod tests {
             tokens: 3,
             peak_memory_bytes: 1 << 20,
             predicted_peak_memory_bytes: None,
+            measured_memory_bytes: BTreeMap::new(),
+            predicted_memory_bytes: BTreeMap::new(),
             wall_seconds: 3725.0,
         };
         assert_eq!(

@@ -45,15 +45,17 @@ pub struct Accumulated {
 }
 
 impl Accumulated {
-    /// Global 2-norm of all gradients of the step (one read from the device).
-    pub fn norm(&self, optimizer: &Optimizer) -> f64 {
+    /// Squares of the norms of all gradients of the step, one for each parameter; `None` without any.
+    pub fn squares(&self, optimizer: &Optimizer) -> Option<Tensor<1>> {
         let mut parts: Vec<Tensor<1>> =
             self.gradients.iter().map(|(name, gradient)| optimizer.squared_norm(name, gradient)).collect();
         parts.extend(self.applied_squares.iter().cloned());
-        if parts.is_empty() {
-            return 0.0;
-        }
-        let squares = host(Tensor::cat(parts, 0));
+        if parts.is_empty() { None } else { Some(Tensor::cat(parts, 0)) }
+    }
+
+    /// Global 2-norm of all gradients of the step (one read from the device).
+    pub fn norm(&self, optimizer: &Optimizer) -> f64 {
+        let squares = self.squares(optimizer).map_or(vec![], host);
         squares.iter().map(|&square| f64::from(square)).sum::<f64>().sqrt()
     }
 
@@ -64,8 +66,24 @@ impl Accumulated {
     }
 }
 
+/// The losses of the counted rows of one micro batch, chunk by chunk: on the device until they are read.
+#[derive(Clone, Debug, Default)]
+pub struct Losses(Vec<Tensor<1>>);
+
+impl Losses {
+    /// Their sum, read from the device and added up in f64.
+    pub fn read(self) -> f64 {
+        self.0.into_iter().map(|chunk| host(chunk).iter().map(|&loss| f64::from(loss)).sum::<f64>()).sum()
+    }
+
+    /// Their sum on the device, `[1]`; `None` where nothing is counted.
+    pub fn sum(self) -> Option<Tensor<1>> {
+        self.0.into_iter().map(|chunk| chunk.cast(FloatDType::F32).sum()).reduce(|sum, chunk| sum + chunk)
+    }
+}
+
 /// f32 values of a small tensor.
-fn host(tensor: Tensor<1>) -> Vec<f32> {
+pub(crate) fn host(tensor: Tensor<1>) -> Vec<f32> {
     let data = tensor.cast(FloatDType::F32).into_data();
     data.try_to_vec::<f32>().unwrap_or_else(|_| unreachable!("cast to f32 just before"))
 }
@@ -99,6 +117,16 @@ fn update_codes_now<M: Network>(
         note(optimizer.squared_norm(&name, &gradient));
         projection.weight = Base::Packed(optimizer.step_packed(&name, base, gradient, rules(&name)));
     });
+}
+
+/// Multiplies all gradients by a number `[1]` that only the device knows.
+pub fn rescale(accumulated: &mut Accumulated, optimizer: &mut Optimizer, factor: &Tensor<1>) {
+    let gradients = std::mem::take(&mut accumulated.gradients);
+    let rescaled = |(name, gradient): (String, Tensor<2>)| {
+        let gradient = optimizer.rescale(&name, gradient, factor);
+        (name, gradient)
+    };
+    accumulated.gradients = gradients.into_iter().map(rescaled).collect();
 }
 
 /// Updates every parameter that has a gradient and removes the gradient.
@@ -144,7 +172,7 @@ impl<'a, M: Network> Pass<'a, M> {
         Self { model, options, first_trained, stem_is_trained }
     }
 
-    /// Runs one micro batch forward and backward and returns its summed loss.
+    /// Runs one micro batch forward and backward and returns its losses, unread: nothing here waits for the device.
     ///
     /// Gradients are those of `sum / denominator`; they are added to `into`, or applied at once where `immediate` gives the
     /// rates. `key` numbers the micro batch within the run, for dropout. The optimiser was told of the step before
@@ -157,10 +185,10 @@ impl<'a, M: Network> Pass<'a, M> {
         into: &mut Accumulated,
         optimizer: &mut Optimizer,
         immediate: Option<Rules<'_>>,
-    ) -> f64 {
+    ) -> Losses {
         let inputs = self.model.inputs(batch);
         let (mut pending, hidden) = self.forward(&inputs, key);
-        let (loss, d_hidden) = self.head(batch, hidden, denominator, key, into, optimizer);
+        let (losses, d_hidden) = self.head(batch, hidden, denominator, key, into, optimizer);
         if let Some(rules) = immediate {
             self.model.map_head(&mut |name, value| update_now(name, value, optimizer, rules, into));
             self.update_codes(optimizer, rules, into);
@@ -181,7 +209,7 @@ impl<'a, M: Network> Pass<'a, M> {
         if let Some(rules) = immediate {
             self.model.map_stem(&mut |name, value| update_now(name, value, optimizer, rules, into));
         }
-        loss
+        losses
     }
 
     /// [`update_now`] for codes. Only those of the last segment have a gradient.
@@ -243,7 +271,7 @@ impl<'a, M: Network> Pass<'a, M> {
         }
     }
 
-    /// Loss of the counted rows chunk by chunk; returns it with the gradient of the last hidden state, `[t, hidden]`, where
+    /// Losses of the counted rows chunk by chunk; returns them with the gradient of the last hidden state, `[t, hidden]`, where
     /// anything below the head is trained.
     fn head(
         &self,
@@ -253,7 +281,7 @@ impl<'a, M: Network> Pass<'a, M> {
         key: u64,
         into: &mut Accumulated,
         optimizer: &mut Optimizer,
-    ) -> (f64, Option<Tensor<2>>) {
+    ) -> (Losses, Option<Tensor<2>>) {
         let device = self.model.device();
         let counted = self.model.counted(batch);
         let needs_gradient = self.first_trained < self.model.blocks().len() || self.stem_is_trained;
@@ -263,14 +291,14 @@ impl<'a, M: Network> Pass<'a, M> {
         let head_is_trained = is_trained(&lifted, &M::head_projections(&lifted));
         let mut d_hidden = (needs_gradient && !all_rows).then(|| hidden.zeros_like());
         let mut pieces = vec![];
-        let mut loss = 0.0f64;
+        let mut all = Losses::default();
         self.seed_dropout(key, Segment::Head);
         for chunk in counted.chunks(self.options.head_chunk_tokens.max(1)) {
             let rows = integers(chunk, &device);
             let x = Tensor::from_inner(hidden.clone().select(0, rows.clone()));
             let x = if needs_gradient { x.require_grad() } else { x };
             let losses = self.model.losses(&lifted, x.clone(), chunk, batch, true);
-            loss += host(losses.clone().inner()).iter().map(|&loss| f64::from(loss)).sum::<f64>();
+            all.0.push(losses.clone().inner());
             if !(needs_gradient || head_is_trained) {
                 continue;
             }
@@ -289,7 +317,7 @@ impl<'a, M: Network> Pass<'a, M> {
             (true, false) => d_hidden.or_else(|| Some(hidden.zeros_like())),
             (false, _) => None,
         };
-        (loss, d_hidden)
+        (all, d_hidden)
     }
 
     /// Backward through one block; returns the gradient of its input where something below needs it.

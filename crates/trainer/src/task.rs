@@ -18,6 +18,7 @@ use crate::data::DataError;
 use crate::device::ChosenDevice;
 use crate::error::{Kind, Problem};
 use crate::plan::Plan;
+use crate::plan::advice::Suggestion;
 use crate::session::Adapter;
 
 /// Training batches without end, with a position that can be saved.
@@ -117,6 +118,15 @@ pub trait TrainingTask: Sized {
     fn predicted(&self, config: &RunConfig) -> Option<Result<Plan, Problem>> {
         let _ = config;
         None
+    }
+
+    /// Changes of the configuration that save memory, the one that saves most first.
+    ///
+    /// # Errors
+    /// As the prediction.
+    fn savings(&self, config: &RunConfig, plan: &Plan) -> Result<Vec<Suggestion>, Problem> {
+        let _ = (config, plan);
+        Ok(vec![])
     }
 
     /// Writes the whole model as a Hugging Face folder.

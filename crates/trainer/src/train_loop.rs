@@ -1,139 +1,29 @@
-//! The training loop on one page: batches, forward and backward, clip, update, log, evaluate, save.
+//! The training loop on one page: batches, step, log, evaluate, save.
 
-use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
-use lowrank_core::Delta;
 use lowrank_core::optim::Optimizer;
-use lowrank_core::optim::adamw::StepRule;
-use lowrank_core::projection::Gradient;
+use lowrank_kernels::launches::Launches;
 use lowrank_models::{Network, NetworkBatch, save};
 
 use crate::checkpoint::{self, Counters, Exact, WriteAdapter};
-use crate::config::{OnNonFinite, RunConfig};
+use crate::config::{Dtype, OnNonFinite, RunConfig};
 use crate::error::Problem;
-use crate::memory::MemoryWatch;
+use crate::memory::{MemoryWatch, device_memory};
 use crate::metrics::{EvalLine, Line, MetricsLog, SubspaceLine, SummaryLine, TrainLine};
+use crate::plan::Plan;
 use crate::progress::Progress;
 use crate::rates::{Kinds, Rates};
 use crate::run_dir::RunDir;
-use crate::step::{Accumulated, Pass, Rules, StepOptions, apply};
+use crate::shortage::{self, Doing, Held, Shortage};
+use crate::step::StepOptions;
 use crate::task::{Batches, Evaluated, TrainingTask};
 use crate::tensorboard::EventWriter;
-
-/// What one optimiser step reports.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct StepReport {
-    /// Mean loss over the counted tokens, before the update.
-    pub loss: f64,
-    /// 2-norm of all gradients, before clipping.
-    pub grad_norm: f64,
-    /// Whether the update was made.
-    pub applied: bool,
-    /// Most bytes of gradients that existed at the same time.
-    pub gradient_bytes: usize,
-}
-
-/// The numbers one optimiser step needs.
-pub struct StepPlan<'a> {
-    /// How the passes are made.
-    pub options: StepOptions,
-    /// Number of the step, from 0.
-    pub step: u64,
-    /// Largest gradient norm; 0 for no clipping.
-    pub max_grad_norm: f64,
-    /// Denominator of each micro batch's loss.
-    pub denominators: &'a [f64],
-    /// Number of the first micro batch of this step within the run.
-    pub first_key: u64,
-    /// Rate and decay by name, whether a low-rank method has the parameter, and gradient scale.
-    pub rule: &'a dyn Fn(&str, bool, f64) -> StepRule,
-    /// Update segments while the backward pass goes on: needs a single micro batch and no clipping.
-    pub immediate: bool,
-}
-
-/// One optimiser step over its micro batches. Without finite loss and gradient nothing is updated (an immediate update is
-/// already made then; its run must stop).
-pub fn optimizer_step<M: Network>(
-    model: &mut M,
-    optimizer: &mut Optimizer,
-    batches: &[M::Batch],
-    plan: &StepPlan<'_>,
-) -> StepReport {
-    let mut accumulated = Accumulated::default();
-    let managed: BTreeSet<String> = prepare(model, optimizer, batches, plan);
-    let unscaled = |name: &str| (plan.rule)(name, managed.contains(name), 1.0);
-    let mut loss = 0.0;
-    let mut pass = Pass::new(model, plan.options);
-    for (index, batch) in batches.iter().enumerate() {
-        let immediate: Option<Rules<'_>> = if plan.immediate { Some(&unscaled) } else { None };
-        let (denominator, key) = (plan.denominators[index], plan.first_key + index as u64);
-        let sum = pass.run(batch, denominator, key, &mut accumulated, optimizer, immediate);
-        loss += sum / plan.denominators[index];
-    }
-    let grad_norm = accumulated.norm(optimizer);
-    let gradient_bytes = accumulated.peak_bytes;
-    let applied = loss.is_finite() && grad_norm.is_finite();
-    if applied {
-        let clip = if plan.max_grad_norm > 0.0 { (plan.max_grad_norm / (grad_norm + 1e-6)).min(1.0) } else { 1.0 };
-        apply(model, &mut accumulated, optimizer, &|name| (plan.rule)(name, managed.contains(name), clip));
-        constrain(model);
-    }
-    tell(model, optimizer.serving());
-    StepReport { loss, grad_norm, applied, gradient_bytes }
-}
-
-/// Brings adapters back inside the constraint of their method, where it has one.
-fn constrain<M: Network>(model: &mut M) {
-    model.for_each_projection(&mut |_, projection| {
-        projection.delta = projection.delta.take().map(Delta::constrained);
-    });
-}
-
-/// Asks the optimiser what the backward passes shall hand over, and tells the linear layers. Returns the names of the
-/// parameters that low-rank methods have.
-fn prepare<M: Network>(
-    model: &mut M,
-    optimizer: &mut Optimizer,
-    batches: &[M::Batch],
-    plan: &StepPlan<'_>,
-) -> BTreeSet<String> {
-    // The head's gradient comes in chunks, each of which counts as a micro batch.
-    let chunk = plan.options.head_chunk_tokens.max(1);
-    let chunks: usize = batches.iter().map(|batch| batch.target_count().div_ceil(chunk)).sum();
-    let in_head = head_weights(model);
-    let passes = |name: &str| if in_head.contains(name) { chunks } else { batches.len() };
-    let gradients = optimizer.begin(plan.step, &passes);
-    let managed = gradients.keys().cloned().collect();
-    tell(model, gradients);
-    managed
-}
-
-/// Names of the weights of the head's linear layers.
-fn head_weights<M: Network>(model: &M) -> BTreeSet<String> {
-    M::head_projections(&model.head()).into_iter().map(|(module, _)| format!("{module}.weight")).collect()
-}
-
-/// Tells the linear layers how they act and what they hand over, by name of the weight.
-fn tell<M: Network>(model: &mut M, mut gradients: BTreeMap<String, Gradient>) {
-    if gradients.is_empty() {
-        return;
-    }
-    model.for_each_projection(&mut |module, projection| {
-        if let Some(gradient) = gradients.remove(&format!("{module}.weight")) {
-            projection.gradient = gradient;
-        }
-    });
-}
-
-/// Puts every update that is still pending into its weight: the model is then its parameters alone.
-pub fn settle<M: Network>(model: &mut M, optimizer: &mut Optimizer) {
-    model.map_parameters(&mut |name, value| optimizer.settle(name, value));
-    model.for_each_projection(&mut |_, projection| projection.gradient = Gradient::Full);
-}
+use crate::update::{Measured, Unread, read_all, take_step};
+pub use crate::update::{Reading, StepPlan, StepReport, optimizer_step, settle};
 
 /// A micro batch of a task.
 type BatchOf<T> = <<T as TrainingTask>::Model as Network>::Batch;
@@ -160,14 +50,41 @@ pub struct Run<'a, T: TrainingTask> {
     pub total_steps: u64,
     /// The metrics file.
     pub metrics: MetricsLog,
+    /// When loss and norm of a step are read.
+    pub reading: Reading,
+    /// Counts kernels on a graphics card.
+    pub launches: Option<Launches>,
     /// Memory of the device, or of the process where the device has none of its own.
     pub memory: MemoryWatch,
-    /// Predicted peak of that memory, if there is a prediction.
-    pub predicted_bytes: Option<u64>,
+    /// Of the process, what was there before anything was loaded.
+    pub bytes_outside: u64,
+    /// Predicted memory, if there is a prediction.
+    pub predicted: Option<Plan>,
     /// TensorBoard events.
     pub events: Option<EventWriter>,
     /// Set by a signal: stop after the current step.
     pub stop: Arc<AtomicBool>,
+    /// Since the last line of the log.
+    pub window: Window,
+}
+
+/// What happened since the last line of the log.
+#[derive(Debug, Default)]
+pub struct Window {
+    steps: u64,
+    tokens: usize,
+    /// Time of the steps, waiting for the device included.
+    seconds: f64,
+    /// Time until the host had handed everything to the device.
+    host_seconds: f64,
+    /// Kernels launched.
+    launches: u64,
+    /// Steps whose loss and norm the host does not know yet: number and records of each.
+    unread: Vec<(Unread, u64, Vec<u64>)>,
+    /// The last step that was read.
+    report: Option<StepReport>,
+    /// Most bytes of gradients of any step of the run.
+    gradient_bytes: usize,
 }
 
 /// How the loop ended.
@@ -187,9 +104,11 @@ impl<T: TrainingTask> Run<'_, T> {
     pub fn train(&mut self) -> Result<Outcome, Problem> {
         let started = Instant::now();
         let rates = Rates::new(self.config, self.total_steps, Kinds::of(self.task.model_mut()))?;
+        self.counters.loss_scale =
+            (self.config.dtype == Dtype::F16).then(|| self.counters.loss_scale.unwrap_or_default());
         let progress = Progress::start(self.config.logging.progress, self.total_steps, self.counters.step);
         if self.counters.step == 0 && self.config.training.eval_at_start {
-            self.evaluate(&progress)?;
+            self.guarded(Doing::Evaluation, |run| run.evaluate(&progress))?;
         }
         let mut ended_by = if self.config.training.max_steps.is_some() { "max_steps" } else { "num_epochs" };
         while self.counters.step < self.total_steps {
@@ -198,18 +117,19 @@ impl<T: TrainingTask> Run<'_, T> {
                 ended_by = "early_stopping";
                 break;
             }
-            self.step(&rates, &progress)?;
+            let number = self.counters.step + 1;
+            self.guarded(Doing::Step(number), |run| run.step(&rates, &progress))?;
             let step = self.counters.step;
             let is_last = step == self.total_steps;
             let due = |every: Option<u64>| every.is_some_and(|every| step.is_multiple_of(every));
             if self.evaluation.is_some() && (is_last || due(self.config.training.eval_steps)) {
-                self.evaluate(&progress)?;
+                self.guarded(Doing::Evaluation, |run| run.evaluate(&progress))?;
             }
             let is_done = is_last || self.stops_early();
             let interrupted = self.stop.load(Ordering::Relaxed);
             let is_best = self.counters.best.is_some_and(|(_, best)| best == step);
             if is_done || interrupted || is_best || due(Some(self.config.training.save_steps)) {
-                self.save()?;
+                self.guarded(Doing::Saving, Self::save)?;
             }
             if interrupted && !is_done {
                 progress.finish();
@@ -217,10 +137,50 @@ impl<T: TrainingTask> Run<'_, T> {
             }
         }
         let summary = self.summary(ended_by, started);
+        let memory = shortage::comparison(&summary.measured_memory_bytes, Some(&summary.predicted_memory_bytes));
         self.record(&Line::Summary(summary), &progress)?;
+        tracing::info!("memory: {memory}");
         self.metrics.sync()?;
         progress.finish();
         Ok(Outcome::Finished(ended_by))
+    }
+
+    /// Runs a part of the run.
+    ///
+    /// # Errors
+    /// Those of the part. Where the device has no memory left, the error says what holds it.
+    pub fn guarded<R>(
+        &mut self,
+        doing: Doing,
+        part: impl FnOnce(&mut Self) -> Result<R, Problem>,
+    ) -> Result<R, Problem> {
+        match shortage::catch(|| part(self)) {
+            Ok(result) => result,
+            Err(shortage) => Err(self.out_of_memory(doing, &shortage)),
+        }
+    }
+
+    fn out_of_memory(&mut self, doing: Doing, shortage: &Shortage) -> Problem {
+        let in_use = device_memory(&self.task.device().device).map_or(0, |memory| memory.in_use_bytes);
+        let held = Held::by(self.task.model_mut(), &self.optimizer);
+        let plan = self.predicted.as_ref();
+        let device = &self.task.device().description;
+        let blame = shortage::blame(doing, &held, in_use, plan);
+        let what = shortage::message(device, doing, shortage, &blame);
+        let savings = plan.and_then(|plan| self.task.savings(self.config, plan).ok()).unwrap_or_default();
+        match self.last_good() {
+            Ok(good) => Problem::run(format!("{what}; {good}")),
+            Err(_) => Problem::run(what),
+        }
+        .hint(shortage::hint(&savings))
+    }
+
+    /// Where the run could be taken up again.
+    fn last_good(&self) -> Result<String, Problem> {
+        Ok(match self.dir.latest_complete()? {
+            Some(saved) => format!("the last good checkpoint is {}", saved.path.display()),
+            None => "there is no checkpoint yet".to_owned(),
+        })
     }
 
     fn stops_early(&self) -> bool {
@@ -230,6 +190,7 @@ impl<T: TrainingTask> Run<'_, T> {
 
     fn step(&mut self, rates: &Rates, progress: &Progress) -> Result<(), Problem> {
         let started = Instant::now();
+        let launched = self.launches.as_ref().map_or(0, Launches::count);
         let training = &self.config.training;
         let wanted = 0..training.gradient_accumulation_steps;
         let batches = wanted.map(|_| self.loader.next_batch()).collect::<Result<Vec<BatchOf<T>>, _>>()?;
@@ -249,37 +210,97 @@ impl<T: TrainingTask> Run<'_, T> {
             rule: &|name, is_managed, scale| rates.rule(name, is_managed, step, scale),
             immediate: crate::optimizer::updates_immediately(self.config),
         };
-        let report = optimizer_step(self.task.model_mut(), &mut self.optimizer, &batches, &plan);
-        if !report.applied {
-            self.refuse_non_finite(&report, &batches)?;
+        let (model, optimizer) = (self.task.model_mut(), &mut self.optimizer);
+        let scale = self.counters.loss_scale.map_or(1.0, |loss| loss.scale);
+        let measured = take_step(model, optimizer, &batches, &plan, scale, self.reading);
+        self.window.host_seconds += started.elapsed().as_secs_f64();
+        self.window.launches += self.launches.as_ref().map_or(0, Launches::count) - launched;
+        let records: Vec<u64> = batches.iter().flat_map(|batch| batch.records().iter().copied()).collect();
+        match measured {
+            Measured::Read(report) => self.take_note(report, step + 1, records)?,
+            Measured::Unread(unread) => self.window.unread.push((*unread, step + 1, records)),
         }
         let tokens: usize = batches.iter().map(NetworkBatch::token_count).sum();
         self.counters.step += 1;
         self.counters.tokens += tokens as u64;
         self.counters.micro_batches += batches.len() as u64;
-        self.counters.train_loss = Exact(report.loss);
+        self.window.steps += 1;
+        self.window.tokens += tokens;
+        self.window.seconds += started.elapsed().as_secs_f64();
         progress.advance(self.counters.step);
         let is_last = self.counters.step == self.total_steps;
         if is_last || step == 0 || self.counters.step.is_multiple_of(self.config.logging.logging_steps) {
-            let seconds = started.elapsed().as_secs_f64();
-            let subspace = self.subspace();
-            let line = Line::Train(TrainLine {
-                step: self.counters.step,
-                epoch: self.loader.progress(),
-                loss: report.loss,
-                grad_norm: report.grad_norm,
-                learning_rate: rates.base(step),
-                tokens: self.counters.tokens,
-                tokens_per_second: tokens as f64 / seconds,
-                step_ms: seconds * 1e3,
-                memory_bytes: self.memory.read().current_bytes,
-                gradient_bytes: report.gradient_bytes as u64,
-                optimizer_bytes: self.optimizer.state_bytes() as u64,
-                subspace,
-            });
-            self.record(&line, progress)?;
+            self.log_step(rates, progress)?;
         }
         Ok(())
+    }
+
+    /// Learns what the steps since the last time measured: one read from the device.
+    ///
+    /// # Errors
+    /// The first step that was not finite, as if it had just been made: nothing was written since.
+    fn catch_up(&mut self) -> Result<(), Problem> {
+        let started = Instant::now();
+        let (unread, steps): (Vec<_>, Vec<_>) =
+            self.window.unread.drain(..).map(|(unread, step, records)| (unread, (step, records))).unzip();
+        for (report, (step, records)) in read_all(unread).into_iter().zip(steps) {
+            self.take_note(report, step, records)?;
+        }
+        self.window.seconds += started.elapsed().as_secs_f64();
+        Ok(())
+    }
+
+    /// Takes over what a step measured; refuses what is not finite.
+    fn take_note(&mut self, report: StepReport, step: u64, records: Vec<u64>) -> Result<(), Problem> {
+        match (report.applied, &mut self.counters.loss_scale) {
+            (true, Some(loss)) => loss.note_good(),
+            (true, None) => {}
+            (false, Some(loss)) if report.loss.is_finite() && loss.can_shrink() => {
+                let before = loss.scale;
+                loss.shrink();
+                let after = loss.scale;
+                tracing::warn!(
+                    "step {step}: a gradient does not fit into f16 at a loss scale of {before}; the update is left out, and the \
+                     scale is now {after}"
+                );
+            }
+            (false, _) => self.refuse_non_finite(&report, step, records)?,
+        }
+        self.counters.train_loss = Exact(report.loss);
+        self.window.gradient_bytes = self.window.gradient_bytes.max(report.gradient_bytes);
+        self.window.report = Some(report);
+        Ok(())
+    }
+
+    /// Writes the line of the step that was just made. Times are means over the steps since the last line.
+    fn log_step(&mut self, rates: &Rates, progress: &Progress) -> Result<(), Problem> {
+        self.catch_up()?;
+        let Some(report) = self.window.report else { return Ok(()) };
+        let gradient_bytes = self.window.gradient_bytes;
+        let Window { steps, tokens, seconds, host_seconds, launches, .. } =
+            std::mem::replace(&mut self.window, Window { gradient_bytes, ..Window::default() });
+        let memory = self.memory.read();
+        let of_device = |value: f64| (self.reading == Reading::Later).then_some(value / steps as f64);
+        let line = Line::Train(TrainLine {
+            step: self.counters.step,
+            epoch: self.loader.progress(),
+            loss: report.loss,
+            grad_norm: report.grad_norm,
+            learning_rate: rates.base(self.counters.step - 1),
+            tokens: self.counters.tokens,
+            tokens_per_second: tokens as f64 / seconds,
+            step_ms: 1e3 * seconds / steps as f64,
+            host_ms: of_device(1e3 * host_seconds),
+            launches: self.launches.as_ref().and_then(|_| of_device(launches as f64)),
+            memory_bytes: memory.current_bytes,
+            tensor_bytes: device_memory(&self.task.device().device).map(|memory| memory.in_use_bytes),
+            loss_scale: self.counters.loss_scale.map(|loss| loss.scale),
+            skipped_steps: self.counters.loss_scale.map(|loss| loss.skipped_steps),
+            gradient_bytes: report.gradient_bytes as u64,
+            optimizer_bytes: self.optimizer.state_bytes() as u64,
+            subspace: self.subspace(),
+        });
+        self.record(&line, progress)
     }
 
     /// What the low-rank methods tell together: mean captured energy and overlap, all refreshes.
@@ -314,9 +335,7 @@ impl<T: TrainingTask> Run<'_, T> {
     }
 
     /// Stops the run, or warns, where the loss or the gradient is not finite.
-    fn refuse_non_finite(&self, report: &StepReport, batches: &[BatchOf<T>]) -> Result<(), Problem> {
-        let step = self.counters.step + 1;
-        let mut records: Vec<u64> = batches.iter().flat_map(|batch| batch.records().iter().copied()).collect();
+    fn refuse_non_finite(&self, report: &StepReport, step: u64, mut records: Vec<u64>) -> Result<(), Problem> {
         records.sort_unstable();
         records.dedup();
         let shown: Vec<String> = records.iter().take(8).map(|&r| self.loader.describe_record(r)).collect();
@@ -335,15 +354,12 @@ impl<T: TrainingTask> Run<'_, T> {
             tracing::warn!("{what}; the update is left out");
             return Ok(());
         }
-        let good = match self.dir.latest_complete()? {
-            Some(saved) => format!("the last good checkpoint is {}", saved.path.display()),
-            None => "there is no checkpoint yet".to_owned(),
-        };
-        Err(Problem::run(format!("{what}; {good}"))
+        Err(Problem::run(format!("{what}; {}", self.last_good()?))
             .hint("lower the learning rate, look at the records, or set training.on_non_finite = \"skip\""))
     }
 
     fn evaluate(&mut self, progress: &Progress) -> Result<(), Problem> {
+        self.catch_up()?;
         let Some(evaluation) = &self.evaluation else { return Ok(()) };
         let started = Instant::now();
         let Evaluated { loss, count, perplexity, exact_match, scores } =
@@ -373,6 +389,7 @@ impl<T: TrainingTask> Run<'_, T> {
 
     /// Writes a checkpoint, then deletes the oldest ones beyond the limit.
     fn save(&mut self) -> Result<(), Problem> {
+        self.catch_up()?;
         self.metrics.sync()?;
         let writer = self.dir.begin_checkpoint(self.counters.step)?;
         let (task, base_model) = (&self.task, &self.config.base_model);
@@ -396,6 +413,9 @@ impl<T: TrainingTask> Run<'_, T> {
     }
 
     fn summary(&mut self, ended_by: &str, started: Instant) -> SummaryLine {
+        let peak_bytes = self.memory.read().peak_bytes;
+        let held = Held::by(self.task.model_mut(), &self.optimizer);
+        let of_run = peak_bytes.saturating_sub(self.bytes_outside);
         let (trained, total) = save::parameter_counts(self.task.model());
         SummaryLine {
             step: self.counters.step,
@@ -409,8 +429,10 @@ impl<T: TrainingTask> Run<'_, T> {
             trainable_parameters: trained as u64,
             total_parameters: total as u64,
             tokens: self.counters.tokens,
-            peak_memory_bytes: self.memory.read().peak_bytes,
-            predicted_peak_memory_bytes: self.predicted_bytes,
+            peak_memory_bytes: peak_bytes,
+            predicted_peak_memory_bytes: self.predicted.as_ref().map(|plan| plan.peak_bytes + self.bytes_outside),
+            measured_memory_bytes: shortage::measured(&held, self.window.gradient_bytes as u64, of_run),
+            predicted_memory_bytes: self.predicted.as_ref().map(shortage::predicted).unwrap_or_default(),
             wall_seconds: started.elapsed().as_secs_f64(),
         }
     }

@@ -207,6 +207,8 @@ pub struct Galore {
     pending: Option<Pending>,
     /// Updates in the coordinates of the basis before, to be merged in this step.
     retired: Option<(Tensor<2>, Pending)>,
+    /// The change of basis that the moments are yet to follow.
+    turn: Option<Tensor<2>>,
 }
 
 impl Galore {
@@ -237,6 +239,7 @@ impl Galore {
             seconds: 0.0,
             pending: None,
             retired: None,
+            turn: None,
             config,
         }
     }
@@ -391,7 +394,7 @@ impl Galore {
             let squares = changes.iter().map(|change| kernels::sum_squares(change.clone()) * share);
             self.overlap = squares.reduce(|sum, part| sum + part);
             if let (Moments::Rotate, [change]) = (self.config.moments, changes.as_slice()) {
-                self.rule.rotate(change);
+                self.turn = Some(change.clone());
             }
         }
         self.refreshes += 1;
@@ -431,6 +434,13 @@ impl Galore {
         };
         let [left, right] = basis;
         self.collected = Some([widened(left, "norm rows"), widened(right, "norm columns")]);
+    }
+
+    /// Takes the moments to the basis in use.
+    fn turn_moments(&mut self) {
+        if let Some(change) = self.turn.take() {
+            self.rule.rotate(&change);
+        }
     }
 
     /// How the layer acts now with the updates that are not in its weight.
@@ -559,6 +569,18 @@ impl MatrixOptimizer for Galore {
         self.squared_norm.clone().unwrap_or_else(|| kernels::sum_squares(collected.clone()))
     }
 
+    /// A basis that came from this gradient is dropped; the next step chooses again.
+    fn leave_out(&mut self) {
+        if std::mem::take(&mut self.is_chosen) {
+            (self.collected, self.turn, self.overlap) = (None, None, None);
+        }
+    }
+
+    /// The exact norm was taken from the factors.
+    fn rescaled(&mut self, factor: &Tensor<1>) {
+        self.squared_norm = self.squared_norm.take().map(|norm| norm * factor.clone() * factor.clone());
+    }
+
     fn step(&mut self, weight: Tensor<2>, collected: Tensor<2>, rule: StepRule) -> Tensor<2> {
         let whole = self.squared_norm(&collected);
         let low = match self.plan {
@@ -576,6 +598,7 @@ impl MatrixOptimizer for Galore {
         };
         self.energy = Some((kernels::sum_squares(low.clone()), whole));
         let low = if rule.gradient_scale == 1.0 { low } else { low * rule.gradient_scale };
+        self.turn_moments();
         let update = self.rule.step(low, rule.learning_rate);
         let keep = 1.0 - rule.learning_rate * rule.weight_decay;
         let mut weight = match self.config.merge {
@@ -599,6 +622,7 @@ impl MatrixOptimizer for Galore {
             weight = self.settle(weight);
             if let Some(basis) = self.basis_of_sketch() {
                 self.install(basis);
+                self.turn_moments();
             }
             self.seconds += started.elapsed().as_secs_f64();
         }

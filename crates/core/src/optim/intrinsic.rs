@@ -256,6 +256,15 @@ impl MatrixOptimizer for Intrinsic {
         }
     }
 
+    /// The gradient of v is shared: the first matrix speaks for it.
+    fn rescaled(&mut self, factor: &Tensor<1>) {
+        if self.is_first {
+            let mut shared = self.subspace.lock();
+            let gradient = shared.gradient.take();
+            shared.gradient = gradient.map(|gradient| gradient * factor.clone().reshape([1, 1]));
+        }
+    }
+
     fn step(&mut self, weight: Tensor<2>, collected: Tensor<2>, rule: StepRule) -> Tensor<2> {
         let (v, steps, config) = {
             let mut shared = self.subspace.lock();

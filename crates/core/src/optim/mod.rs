@@ -138,6 +138,15 @@ pub trait MatrixOptimizer: std::fmt::Debug + Send {
         kernels::sum_squares(collected.clone())
     }
 
+    /// What was collected for the coming step is multiplied by a number `[1]` that only the device knows. A method that has
+    /// taken something of the gradient into its own state does the same there.
+    fn rescaled(&mut self, factor: &Tensor<1>) {
+        let _ = factor;
+    }
+
+    /// The coming step is not made: its gradient is not finite. What was seen of it is to be forgotten.
+    fn leave_out(&mut self) {}
+
     /// The new weight `[m, n]` (f32) after a step with the sum of what was collected.
     fn step(&mut self, weight: Tensor<2>, collected: Tensor<2>, rule: StepRule) -> Tensor<2>;
 
@@ -257,6 +266,20 @@ impl Optimizer {
         }
     }
 
+    /// The collected gradient of a parameter times a number `[1]` that only the device knows: clipping without a read. It
+    /// stands for [`StepRule::gradient_scale`] and is called once, before the step of any parameter.
+    pub fn rescale(&mut self, name: &str, collected: Tensor<2>, factor: &Tensor<1>) -> Tensor<2> {
+        if let Some(method) = self.matrices.get_mut(name) {
+            method.rescaled(factor);
+        }
+        collected * factor.clone().reshape([1, 1])
+    }
+
+    /// The step that was begun is not made: its gradients are not finite.
+    pub fn leave_out(&mut self) {
+        self.matrices.values_mut().for_each(|method| method.leave_out());
+    }
+
     /// The new value of a parameter, in the type it had.
     pub fn step(&mut self, name: &str, parameter: Tensor<2>, collected: Tensor<2>, rule: StepRule) -> Tensor<2> {
         let Some(method) = self.matrices.get_mut(name) else {
@@ -357,3 +380,6 @@ impl Optimizer {
         self.plain.state_bytes() + self.matrices.values().map(|method| method.state_bytes()).sum::<usize>()
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -53,7 +53,7 @@ pub fn decoder_of(config: &RunConfig) -> Result<DecoderConfig, Problem> {
 }
 
 /// Memory that a run could have: that of the machine on the CPU; a graphics card does not tell.
-fn available_bytes(machine: Machine) -> Option<u64> {
+pub(crate) fn available_bytes(machine: Machine) -> Option<u64> {
     match machine {
         Machine::Cpu { .. } => {
             let text = std::fs::read_to_string("/proc/meminfo").ok()?;

@@ -3,22 +3,25 @@
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
+use lowrank_kernels::launches::Launches;
 use lowrank_models::save;
 
 use crate::checkpoint::{self, Counters};
 use crate::classification::ClassifierSession;
 use crate::cli::{TrainArgs, VERSION};
-use crate::config::{self, RunConfig, Task};
+use crate::commands::plan::available_bytes;
+use crate::config::{self, Dtype, OnNonFinite, RunConfig, Task};
 use crate::error::Problem;
 use crate::memory::MemoryWatch;
 use crate::metrics::{MetricsLog, process_memory};
 use crate::optimizer;
-use crate::plan;
+use crate::plan::{self, Category, Machine, Plan};
 use crate::run_dir::{RunDir, SavedCheckpoint, write_atomically};
 use crate::session::Session;
+use crate::shortage::{self, Doing};
 use crate::task::{Batches, LoaderStateOf, TrainingTask};
 use crate::tensorboard::EventWriter;
-use crate::train_loop::{Outcome, Run};
+use crate::train_loop::{Outcome, Reading, Run, Window};
 
 /// Runs the command.
 ///
@@ -44,6 +47,30 @@ pub fn train(config: &RunConfig) -> anyhow::Result<()> {
 }
 
 fn train_task<T: TrainingTask>(config: &RunConfig) -> anyhow::Result<()> {
+    let mut run = match shortage::catch(|| prepare::<T>(config)) {
+        Ok(run) => run?,
+        Err(shortage) => {
+            let device = &config.device;
+            let text = shortage::message(device, Doing::Loading, &shortage, "the weights alone did not fit");
+            return Err(Problem::run(text).hint(shortage::hint(&[])).into());
+        }
+    };
+    match run.train()? {
+        Outcome::Interrupted => Err(Problem::interrupted(format!(
+            "interrupted after step {} of {}; a checkpoint was written",
+            run.counters.step, run.total_steps
+        ))
+        .hint("go on with --set training.resume_from_checkpoint=true")
+        .into()),
+        Outcome::Finished(_) => Ok(run.guarded(Doing::Saving, write_result)?),
+    }
+}
+
+/// Everything a run needs, before its first step.
+///
+/// # Errors
+/// As [`run`].
+pub fn prepare<T: TrainingTask>(config: &RunConfig) -> anyhow::Result<Run<'_, T>> {
     let at_start = process_memory().current_bytes;
     let dir = RunDir::open(&config.output_dir, &config.training.resume_from_checkpoint)?;
     let resume = dir.checkpoint_to_resume(&config.training.resume_from_checkpoint)?;
@@ -56,8 +83,7 @@ fn train_task<T: TrainingTask>(config: &RunConfig) -> anyhow::Result<()> {
     let config_text = config::resolved_toml(config, &task.device().description)?;
     announce(config, &task, &config_text);
     let memory = MemoryWatch::new(&task.device().device);
-    let beside = if memory.is_on_device() { 0 } else { at_start };
-    let predicted_bytes = announce_memory(config, &task).map(|bytes| bytes + beside);
+    let predicted = announce_memory(config, &task);
     let restored = restore(resume.as_ref(), config, &mut task, &mut optimizer)?;
     write_atomically(&dir.config_path(), config_text.as_bytes())?;
     let (counters, state) = restored.unzip();
@@ -71,7 +97,8 @@ fn train_task<T: TrainingTask>(config: &RunConfig) -> anyhow::Result<()> {
         false => None,
     };
     let evaluation = task.evaluation(config, &data)?;
-    let mut run = Run {
+    let reading = reading(config, &task);
+    Ok(Run {
         config,
         config_text,
         dir,
@@ -82,20 +109,22 @@ fn train_task<T: TrainingTask>(config: &RunConfig) -> anyhow::Result<()> {
         optimizer,
         counters: counters.unwrap_or_default(),
         metrics,
+        reading,
+        launches: if reading == Reading::Later { Launches::watch() } else { None },
+        bytes_outside: if memory.is_on_device() { 0 } else { at_start },
         memory,
-        predicted_bytes,
+        predicted,
+        window: Window::default(),
         events,
         stop: on_signals()?,
-    };
-    match run.train()? {
-        Outcome::Interrupted => Err(Problem::interrupted(format!(
-            "interrupted after step {} of {}; a checkpoint was written",
-            run.counters.step, run.total_steps
-        ))
-        .hint("go on with --set training.resume_from_checkpoint=true")
-        .into()),
-        Outcome::Finished(_) => Ok(write_result(&mut run)?),
-    }
+    })
+}
+
+/// A graphics card is not made to wait for the host, where no step may have to be left out.
+fn reading<T: TrainingTask>(config: &RunConfig, task: &T) -> Reading {
+    let is_card = matches!(plan::machine_of(&task.device().description), Machine::Gpu);
+    let may_leave_out = config.training.on_non_finite == OnNonFinite::Skip || config.dtype == Dtype::F16;
+    if is_card && !may_leave_out { Reading::Later } else { Reading::EveryStep }
 }
 
 /// Shows what will be run before step 0.
@@ -115,19 +144,34 @@ fn announce<T: TrainingTask>(config: &RunConfig, task: &T, config_text: &str) {
     tracing::info!("training {what}: {trained} of {total} parameters ({share:.2} %)");
 }
 
-/// Shows how much memory the run will need beside the program itself, and returns it.
-fn announce_memory<T: TrainingTask>(config: &RunConfig, task: &T) -> Option<u64> {
+/// Shows how much memory the run will need beside the program itself, and returns it. The system ends a process that asks for
+/// more than there is without a word, so what does not fit is told before.
+fn announce_memory<T: TrainingTask>(config: &RunConfig, task: &T) -> Option<Plan> {
     match task.predicted(config)? {
         Ok(plan) => {
             let peak = plan::show(plan.peak_bytes);
             tracing::info!("predicted peak {peak} ({}): {}", plan.peak_phase.name(), plan.summary());
-            Some(plan.peak_bytes)
+            let available = available_bytes(plan::machine_of(&task.device().description));
+            if let Some(available) = available.filter(|&available| plan.peak_bytes > available + resting(&plan)) {
+                let savings = task.savings(config, &plan).unwrap_or_default();
+                tracing::warn!(
+                    "{peak} are needed, and {} are available: the system may end this process. {}",
+                    plan::show(available + resting(&plan)),
+                    shortage::hint(&savings)
+                );
+            }
+            Some(plan)
         }
         Err(problem) => {
             tracing::warn!("memory cannot be predicted: {problem}");
             None
         }
     }
+}
+
+/// What the loaded model has taken already.
+fn resting(plan: &Plan) -> u64 {
+    plan.of(Category::Weights) + plan.of(Category::Adapter)
 }
 
 /// Takes over a checkpoint, after telling what changed in the configuration since.

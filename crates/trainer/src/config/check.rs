@@ -8,7 +8,7 @@ use super::check_adapter::check_adapter;
 use super::optimizer::{
     Accumulation, Common, GaloreConfig, GradientNorm, Inner, Merge, OptimizerConfig, ProjType, QGaloreConfig, Score,
 };
-use super::raw::{EvaluationConfig, OnNonFinite, RunConfig, Scheduler, TargetModules, Task, TrainingConfig};
+use super::raw::{Dtype, EvaluationConfig, OnNonFinite, RunConfig, Scheduler, TargetModules, Task, TrainingConfig};
 use super::resolve::Purpose;
 use crate::data::Format;
 
@@ -156,7 +156,7 @@ fn check_optimizer(config: &RunConfig, found: &mut Findings) {
         format!("[optimizer.{key}] trains the weights of the model, which [adapter] and init_adapter freeze: keep one")
     });
     match &config.optimizer {
-        OptimizerConfig::Galore(galore) => check_galore(galore, &config.training, found),
+        OptimizerConfig::Galore(galore) => check_galore(galore, config, found),
         OptimizerConfig::QGalore(galore) => check_q_galore(galore, found),
         OptimizerConfig::DctAdamw(dct) => {
             let fits = dct.score == Score::L2 && !dct.error_feedback;
@@ -177,7 +177,8 @@ fn check_optimizer(config: &RunConfig, found: &mut Findings) {
     }
 }
 
-fn check_galore(galore: &GaloreConfig, training: &TrainingConfig, found: &mut Findings) {
+fn check_galore(galore: &GaloreConfig, config: &RunConfig, found: &mut Findings) {
+    let training = &config.training;
     let micro_batches = training.gradient_accumulation_steps;
     check_positive("optimizer.galore.scale", galore.scale, found);
     check_at_least_one("optimizer.galore.block_size", galore.block_size as u64, found);
@@ -199,6 +200,11 @@ fn check_galore(galore: &GaloreConfig, training: &TrainingConfig, found: &mut Fi
         found.require(training.on_non_finite == OnNonFinite::Stop, || {
             "optimizer.galore.merge = \"deferred\" cannot leave out a step (training.on_non_finite = \"skip\"): a refresh \
              retires pending updates, and the step must merge them"
+                .to_owned()
+        });
+        found.require(config.dtype != Dtype::F16, || {
+            "optimizer.galore.merge = \"deferred\" cannot leave out a step, which dtype = \"f16\" does where a gradient does not \
+             fit; use \"bf16\" or \"f32\", or merge = \"eager\""
                 .to_owned()
         });
         found.require(galore.accumulation != Accumulation::Dense, || {

@@ -33,7 +33,8 @@ pub struct RunConfig {
     /// `auto`, `cpu`, or `cuda`, `vulkan`, `metal`, `wgpu`, each with an optional index as in `cuda:1`. Default `auto`:
     /// CUDA, then a real GPU through wgpu, then the CPU.
     pub device: String,
-    /// Number format of the base weights and of the arithmetic of the model. Default `f32`. Optimiser state is f32.
+    /// Number format of the base weights and of the arithmetic of the model. Default `f32`. Trained parameters and optimiser
+    /// state are f32. On a graphics card that computes in `bf16` take that; `f16` is for those that do not.
     pub dtype: Dtype,
     /// Seed of the initial adapter or random weights, of dropout and of the shuffle. Default 42.
     pub seed: u64,
@@ -132,7 +133,7 @@ pub enum Dtype {
     F32,
     /// 16 bits with the exponent range of f32.
     Bf16,
-    /// 16-bit IEEE; gradients may underflow.
+    /// 16-bit IEEE. The loss is scaled, so that gradients do not underflow, and a step whose gradients overflow is left out.
     F16,
 }
 

@@ -367,6 +367,12 @@ fn impossible_combinations_of_low_rank_optimisers() {
             "optimizer.galore.merge = \"deferred\" cannot leave out a step (training.on_non_finite = \"skip\"): a refresh \
              retires pending updates, and the step must merge them",
         ),
+        (
+            "galore = { merge = \"deferred\" }",
+            &["dtype=f16"],
+            "optimizer.galore.merge = \"deferred\" cannot leave out a step, which dtype = \"f16\" does where a gradient does not \
+             fit; use \"bf16\" or \"f32\", or merge = \"eager\"",
+        ),
         ("galore = { momentum = 0.5 }", &[], "optimizer.galore.momentum is set, but AdamW has betas"),
         ("galore = { rank = 0 }", &[], "optimizer.galore.rank is 0, must be at least 1"),
         ("q_galore = { basis_bits = 3 }", &[], "optimizer.q_galore.basis_bits is 3, must be 4 or 8"),
