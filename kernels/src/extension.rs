@@ -6,6 +6,8 @@
 
 use burn::backend::{Backend, ExtensionType, backend_extension, tensor::FloatTensor, tensor::IntTensor};
 
+#[cfg(feature = "gpu")]
+use burn::backend::fusion::custom::TensorSpec;
 use burn::tensor::FloatDType;
 
 use crate::gated::Activation;
@@ -50,7 +52,13 @@ pub trait LowRankOps: Backend {
         #[extension_type] c: Maybe<Self>,
         alpha: f32,
     ) -> FloatTensor<Self> {
-        gemm::reference::<Self>(a, b, c.option(), alpha)
+        gemm::routed::<Self>(a, b, c.option(), alpha)
+    }
+
+    /// `alpha a b` where the result has few rows or few columns; see [`crate::gemm`].
+    #[fusion(meta = |a, b, _alpha| TensorSpec::new([a.shape[0], b.shape[1]].into(), a.dtype))]
+    fn thin_product(a: FloatTensor<Self>, b: FloatTensor<Self>, alpha: f32) -> FloatTensor<Self> {
+        gemm::reference::<Self>(a, b, None, alpha)
     }
 
     /// See [`crate::linear`].
@@ -84,12 +92,24 @@ pub trait LowRankOps: Backend {
         #[extension_type] w: PackedParts<Self>,
         #[extension_type] bias: Maybe<Self>,
     ) -> FloatTensor<Self> {
-        packed::reference::linear::<Self>(x, w, bias.option(), packed::reference::PANEL)
+        packed::reference::linear_routed::<Self>(x, w, bias.option())
     }
 
     /// Gradient of x.
     #[fusion(default)]
     fn packed_linear_backward(dy: FloatTensor<Self>, #[extension_type] w: PackedParts<Self>) -> FloatTensor<Self> {
+        packed::reference::input_gradient_routed::<Self>(dy, w)
+    }
+
+    /// `x W` for few rows of x, without a panel of W.
+    #[fusion(meta = |x, w| TensorSpec::new([x.shape[0], w.layout().dims[1]].into(), x.dtype))]
+    fn packed_few(x: FloatTensor<Self>, #[extension_type] w: PackedParts<Self>) -> FloatTensor<Self> {
+        packed::reference::linear::<Self>(x, w, None, packed::reference::PANEL)
+    }
+
+    /// `dy W^T` for few rows of dy, without a panel of W.
+    #[fusion(meta = |dy, w| TensorSpec::new([dy.shape[0], w.layout().dims[0]].into(), dy.dtype))]
+    fn packed_few_backward(dy: FloatTensor<Self>, #[extension_type] w: PackedParts<Self>) -> FloatTensor<Self> {
         packed::reference::input_gradient::<Self>(dy, w, packed::reference::PANEL)
     }
 
@@ -109,7 +129,7 @@ pub trait LowRankOps: Backend {
     }
 
     /// The values of outputs `first..first + rows` of a packed weight, `[rows, d_in]`.
-    #[fusion(default)]
+    #[fusion(meta = |w, _first, rows, dtype| TensorSpec::new([*rows, w.layout().dims[0]].into(), (*dtype).into()))]
     fn dequantise(
         #[extension_type] w: PackedParts<Self>,
         first: usize,

@@ -41,6 +41,7 @@ mod projected_linear;
 mod reduce;
 mod rms_norm;
 mod rotary;
+mod route;
 mod stochastic_round;
 mod weight;
 

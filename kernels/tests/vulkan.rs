@@ -13,8 +13,13 @@ use lowrank_kernels as kernels;
 use lowrank_kernels::packed::{self, Format, Layout, Nested, Scales};
 use lowrank_kernels::{Activation, AdamW, Packed};
 
+#[path = "vulkan/products.rs"]
+mod products;
+
 /// Relative bound in f32: sums run in another order than on the CPU.
 const TOLERANCE: f64 = 1e-5;
+/// The same in f16: one unit in the last place of the largest value.
+const TOLERANCE_F16: f64 = 1.0 / 1024.0;
 
 /// Asking the GPU library for a device without a driver would panic, so the driver's manifest is looked up first.
 fn has_driver() -> bool {
@@ -23,7 +28,7 @@ fn has_driver() -> bool {
     named || folders.iter().any(|folder| std::fs::read_dir(folder).is_ok_and(|mut files| files.next().is_some()))
 }
 
-// All products are 8 x 8 x 8: every other size is tuned and compiled anew.
+// Products are 8 x 8 x 8, except for those in products.rs: every other size is tuned and compiled anew.
 
 /// A repeatable number in `-1..1` for each index.
 fn number(seed: usize, i: usize) -> f32 {
@@ -186,12 +191,16 @@ fn operations_agree_with_the_cpu() {
             std::env::set_var("XDG_RUNTIME_DIR", std::env::temp_dir());
         }
     }
-    let operations: [(&str, fn(&Device) -> Vec<Vec<f32>>); 12] = [
+    let operations: [(&str, fn(&Device) -> Vec<Vec<f32>>); 16] = [
         ("linear", linear),
         ("lowrank_linear", lowrank_linear),
         ("projected_linear", projected_linear),
         ("factored_linear", factored_linear),
         ("packed_linear", packed_linear),
+        ("thin products", products::thin),
+        ("thin products in f16", products::thin_in_f16),
+        ("packed products", products::packed),
+        ("packed products in f16", products::packed_in_f16),
         ("rms_norm", rms_norm),
         ("rotary", rotary),
         ("attention", attention),
@@ -205,12 +214,13 @@ fn operations_agree_with_the_cpu() {
         let want = operation(&Device::flex().autodiff());
         let got = operation(&Device::wgpu(Default::default()).autodiff());
         assert_eq!(got.len(), want.len());
+        let tolerance = if name.ends_with("f16") { TOLERANCE_F16 } else { TOLERANCE };
         for (i, (got, want)) in got.iter().zip(&want).enumerate() {
             let largest = want.iter().fold(0.0f64, |max, &w| max.max(f64::from(w).abs()));
             let worst = got.iter().zip(want).map(|(&g, &w)| (f64::from(g) - f64::from(w)).abs());
             let worst = worst.fold(0.0, |max, d| if d.is_finite() { f64::max(max, d) } else { f64::INFINITY });
             assert_eq!(got.len(), want.len(), "{name} {i}");
-            assert!(worst <= TOLERANCE * largest, "{name} {i}: off by {worst:.2e} of {largest:.2e}");
+            assert!(worst <= tolerance * largest, "{name} {i}: off by {worst:.2e} of {largest:.2e}");
         }
         eprintln!("{name}: {:.1} s", start.elapsed().as_secs_f64());
     }

@@ -5,7 +5,9 @@ use burn::tensor::{FloatDType, Shape, Slice, TensorData};
 
 use super::{Layout, PackedParts};
 use crate::extension::{LowRankOps, Maybe};
+use crate::linear::broadcast_rows;
 use crate::plain::Plain;
+use crate::route;
 
 /// Values that are dequantised at the same time on a GPU.
 pub(crate) const PANEL: usize = 1 << 26;
@@ -80,6 +82,33 @@ fn panels(layout: Layout, values: usize) -> impl Iterator<Item = (usize, usize)>
     let [d_in, d_out] = layout.dims;
     let rows = (values / d_in.max(1)).clamp(1, d_out.max(1));
     (0..d_out).step_by(rows).map(move |first| (first, rows.min(d_out - first)))
+}
+
+/// `x W + b` by the route of its number of tokens.
+pub(crate) fn linear_routed<B: LowRankOps>(
+    x: FloatTensor<B>,
+    w: PackedParts<B>,
+    bias: Option<FloatTensor<B>>,
+) -> FloatTensor<B> {
+    match route::packed(x.shape()[0], &w.layout()) {
+        route::Packed::Codes => {
+            let (tokens, d_out) = (x.shape()[0], w.layout().dims[1]);
+            let y = B::packed_few(x, w);
+            match bias {
+                Some(bias) => B::float_add(y, broadcast_rows::<B>(bias, tokens, d_out)),
+                None => y,
+            }
+        }
+        route::Packed::Panels => linear::<B>(x, w, bias, PANEL),
+    }
+}
+
+/// `dy W^T` by the route of its number of tokens.
+pub(crate) fn input_gradient_routed<B: LowRankOps>(dy: FloatTensor<B>, w: PackedParts<B>) -> FloatTensor<B> {
+    match route::packed(dy.shape()[0], &w.layout()) {
+        route::Packed::Codes => B::packed_few_backward(dy, w),
+        route::Packed::Panels => input_gradient::<B>(dy, w, PANEL),
+    }
 }
 
 /// `x W + b`, with so many values of W at the same time.
