@@ -46,6 +46,8 @@ mod spec {
     use burn::backend::fusion::custom::TensorSpec;
     use burn::tensor::{DType, FloatDType, Shape};
 
+    use crate::packed::Layout;
+
     pub fn losses_and_gradient(logits: &TensorSpec) -> (TensorSpec, TensorSpec) {
         (TensorSpec::new(Shape::new([logits.shape[0]]), DType::F32), logits.clone())
     }
@@ -56,6 +58,15 @@ mod spec {
 
     pub fn number() -> TensorSpec {
         TensorSpec::new(Shape::new([1]), DType::F32)
+    }
+
+    /// Rows and type of `x`, and so many columns.
+    pub fn matrix(x: &TensorSpec, columns: usize) -> TensorSpec {
+        TensorSpec::new(Shape::new([x.shape[0], columns]), x.dtype)
+    }
+
+    pub fn panel(layout: Layout, rows: usize, dtype: FloatDType) -> TensorSpec {
+        TensorSpec::new(Shape::new([rows, layout.stored()[1]]), dtype.into())
     }
 
     /// One f32 number for each row of `x`.
@@ -75,7 +86,13 @@ pub trait LowRankOps: Backend {
         #[extension_type] c: Maybe<Self>,
         alpha: f32,
     ) -> FloatTensor<Self> {
-        gemm::reference::<Self>(a, b, c.option(), alpha)
+        gemm::routed::<Self>(a, b, c.option(), alpha)
+    }
+
+    /// `alpha a b` where the result has few rows or few columns; see [`crate::gemm`].
+    #[fusion(meta = |a, b, _alpha| spec::matrix(a, b.shape[1]))]
+    fn thin_product(a: FloatTensor<Self>, b: FloatTensor<Self>, alpha: f32) -> FloatTensor<Self> {
+        gemm::reference::<Self>(a, b, None, alpha)
     }
 
     /// See [`crate::linear`].
@@ -109,12 +126,24 @@ pub trait LowRankOps: Backend {
         #[extension_type] w: PackedParts<Self>,
         #[extension_type] bias: Maybe<Self>,
     ) -> FloatTensor<Self> {
-        packed::reference::linear::<Self>(x, w, bias.option(), packed::reference::PANEL)
+        packed::reference::linear_routed::<Self>(x, w, bias.option())
     }
 
     /// Gradient of x.
     #[fusion(default)]
     fn packed_linear_backward(dy: FloatTensor<Self>, #[extension_type] w: PackedParts<Self>) -> FloatTensor<Self> {
+        packed::reference::input_gradient_routed::<Self>(dy, w)
+    }
+
+    /// `x W` for few rows of x, without a panel of W.
+    #[fusion(meta = |x, w| spec::matrix(x, w.layout().dims[1]))]
+    fn packed_few(x: FloatTensor<Self>, #[extension_type] w: PackedParts<Self>) -> FloatTensor<Self> {
+        packed::reference::linear::<Self>(x, w, None, packed::reference::PANEL)
+    }
+
+    /// `dy W^T` for few rows of dy, without a panel of W.
+    #[fusion(meta = |dy, w| spec::matrix(dy, w.layout().dims[0]))]
+    fn packed_few_backward(dy: FloatTensor<Self>, #[extension_type] w: PackedParts<Self>) -> FloatTensor<Self> {
         packed::reference::input_gradient::<Self>(dy, w, packed::reference::PANEL)
     }
 
@@ -195,7 +224,7 @@ pub trait LowRankOps: Backend {
     }
 
     /// The values of rows `first..first + rows` of the flattened matrix of a packed weight.
-    #[fusion(default)]
+    #[fusion(meta = |w, _first, rows, dtype| spec::panel(w.layout(), *rows, *dtype))]
     fn dequantise(
         #[extension_type] w: PackedParts<Self>,
         first: usize,

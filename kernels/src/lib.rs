@@ -52,6 +52,7 @@ mod projected_linear;
 mod reduce;
 mod rms_norm;
 mod rotary;
+mod route;
 mod scaled_basis;
 mod stochastic_round;
 mod weight;

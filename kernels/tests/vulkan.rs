@@ -16,6 +16,9 @@ use lowrank_kernels::adam8::{Adam8, Moments8};
 use lowrank_kernels::packed::{self, Format, Layout, Nested, Order, Scales};
 use lowrank_kernels::{Activation, AdamW, AttentionHints, AttentionRoute, KnownKeys, Packed};
 
+#[path = "vulkan/products.rs"]
+mod products;
+
 /// Relative bound in f32: sums run in another order than on the CPU.
 const TOLERANCE: f64 = 1e-5;
 /// Both sides compute in f32 and round once: neighbours at most, half a unit of the largest value from each to the sum.
@@ -47,7 +50,7 @@ fn has_driver() -> bool {
     named || folders.iter().any(|folder| std::fs::read_dir(folder).is_ok_and(|mut files| files.next().is_some()))
 }
 
-// All products are 8 x 8 x 8: every other size is tuned and compiled anew.
+// Products are 8 x 8 x 8, except for those in products.rs: every other size is tuned and compiled anew.
 
 /// A repeatable number in `-1..1` for each index.
 fn number(seed: usize, i: usize) -> f32 {
@@ -453,6 +456,10 @@ fn operations_agree_with_the_cpu() {
         ("projected_linear", projected_linear, tolerance),
         ("factored_linear", factored_linear, tolerance),
         ("packed_linear", packed_linear, tolerance),
+        ("thin products", products::thin, tolerance),
+        ("thin products in f16", products::thin_in_f16, HALF_TOLERANCE),
+        ("packed products", products::packed, tolerance),
+        ("packed products in f16", products::packed_in_f16, HALF_TOLERANCE),
         ("lowrank_shift", lowrank_shift, tolerance),
         ("column_scale", column_scale, tolerance),
         ("block_rotation", block_rotation, tolerance),

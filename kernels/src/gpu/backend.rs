@@ -4,16 +4,29 @@ use burn::backend::tensor::{FloatTensor, IntTensor};
 use burn::tensor::FloatDType;
 use burn_cubecl::CubeBackend;
 
-use super::{adam8, adamw, attention, cross_entropy, gated, reduce, rms_norm, rotary, stochastic_round};
+use super::{adam8, adamw, attention, codes, cross_entropy, gated, reduce, rms_norm, rotary, stochastic_round, thin};
 use crate::LowRankOps;
 use crate::adam8::Adam8;
 use crate::adamw::AdamW;
 use crate::attention::AttentionHints;
 use crate::gated::Activation;
+use crate::packed::PackedParts;
 
 type T = FloatTensor<CubeBackend>;
 
 impl LowRankOps for CubeBackend {
+    fn thin_product(a: T, b: T, alpha: f32) -> T {
+        thin::product(a, b, alpha)
+    }
+    fn dequantise(w: PackedParts<Self>, first: usize, rows: usize, dtype: FloatDType) -> T {
+        codes::dequantise(w, first, rows, dtype)
+    }
+    fn packed_few(x: T, w: PackedParts<Self>) -> T {
+        thin::packed(x, w)
+    }
+    fn packed_few_backward(dy: T, w: PackedParts<Self>) -> T {
+        thin::packed_backward(dy, w)
+    }
     fn rms_norm(x: T, gamma: T, eps: f32, offset: f32) -> T {
         rms_norm::forward(x, gamma, eps, offset)
     }

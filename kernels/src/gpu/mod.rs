@@ -12,6 +12,8 @@
 //! | attention by tiles: forward, two backward | `attention/tiles_*.rs` | one tile of queries or keys |
 //! | rotary embedding, both ways | `rotary.rs` | elementwise |
 //! | stochastic rounding | `stochastic_round.rs` | elementwise |
+//! | dequantising a panel | `codes.rs` | elementwise |
+//! | products with one thin side, dense or packed | `thin/` | a tile of the large matrix |
 //!
 //! Every kernel computes in f32 whatever the tensors' type and writes each output once. A launcher checks shapes, so that the
 //! kernel does not. Kernels are opaque to Burn's fusion; that is why only those are here that a fused reference cannot match.
@@ -22,6 +24,7 @@ mod attention;
 mod backend;
 #[cfg(all(test, feature = "codegen"))]
 mod codegen;
+mod codes;
 mod cross_entropy;
 mod gated;
 mod launch;
@@ -29,3 +32,4 @@ mod reduce;
 mod rms_norm;
 mod rotary;
 mod stochastic_round;
+mod thin;

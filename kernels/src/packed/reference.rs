@@ -7,6 +7,7 @@ use super::{Layout, Order, PackedParts};
 use crate::extension::{LowRankOps, Maybe};
 use crate::linear::broadcast_rows;
 use crate::plain::Plain;
+use crate::route;
 
 /// Values that are dequantised at the same time on a GPU.
 pub(crate) const PANEL: usize = 1 << 26;
@@ -82,6 +83,33 @@ fn panels(layout: Layout, values: usize) -> impl Iterator<Item = (usize, usize)>
     let [all, cols] = layout.stored();
     let rows = (values / cols.max(1)).clamp(1, all.max(1));
     (0..all).step_by(rows).map(move |first| (first, rows.min(all - first)))
+}
+
+/// `x W + b` by the route of its number of tokens.
+pub(crate) fn linear_routed<B: LowRankOps>(
+    x: FloatTensor<B>,
+    w: PackedParts<B>,
+    bias: Option<FloatTensor<B>>,
+) -> FloatTensor<B> {
+    match route::packed(x.shape()[0], &w.layout()) {
+        route::Packed::Codes => {
+            let (tokens, d_out) = (x.shape()[0], w.layout().dims[1]);
+            let y = B::packed_few(x, w);
+            match bias {
+                Some(bias) => B::float_add(y, broadcast_rows::<B>(bias, tokens, d_out)),
+                None => y,
+            }
+        }
+        route::Packed::Panels => linear::<B>(x, w, bias, PANEL),
+    }
+}
+
+/// `dy W^T` by the route of its number of tokens.
+pub(crate) fn input_gradient_routed<B: LowRankOps>(dy: FloatTensor<B>, w: PackedParts<B>) -> FloatTensor<B> {
+    match route::packed(dy.shape()[0], &w.layout()) {
+        route::Packed::Codes => B::packed_few_backward(dy, w),
+        route::Packed::Panels => input_gradient::<B>(dy, w, PANEL),
+    }
 }
 
 /// `x W + b`, with so many values of W at the same time.

@@ -22,6 +22,7 @@ mod projected_linear;
 mod reduce;
 mod rms_norm;
 mod rotary;
+mod route;
 mod scaled_basis;
 mod stochastic_round;
 mod threads;

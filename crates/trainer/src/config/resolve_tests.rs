@@ -343,7 +343,7 @@ fn impossible_combinations_of_low_rank_optimisers() {
             "base_model = \"m\"\noutput_dir = \"o\"\n[optimizer]\n{optimizer}\n[data]\ntrain = \"t.txt\"\n[training]\nmax_steps = 10\n"
         )
     };
-    let cases: [(&str, &[&str], &str); 10] = [
+    let cases: [(&str, &[&str], &str); 11] = [
         (
             "galore = {}",
             &["adapter.lora.r=4"],
