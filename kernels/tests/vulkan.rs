@@ -256,30 +256,47 @@ struct Attention {
     softcap: f32,
     queries: usize,
     keys: usize,
+    /// Numbers of a head.
+    width: usize,
     known: KnownKeys,
     /// The keys that a query sees.
     range: fn(i32) -> [i32; 2],
 }
 
 impl Attention {
-    /// 70 causal queries by chunks of 32, of which the first sees less than half of the keys, or by tiles.
-    fn causal(route: AttentionRoute) -> Self {
+    /// Two chunks of 8 queries against 8 keys, so that the products are those that `attention` has tuned already.
+    fn chunks() -> Self {
+        let (route, known) = (AttentionRoute::Chunks(8), KnownKeys::Unknown);
+        let range = |i| [i % 4, i % 4 + 1 + i % 5];
+        Self { route, dtype: FloatDType::F32, softcap: 0.0, queries: 16, keys: 8, width: 8, known, range }
+    }
+    /// A causal chunk that knows the other half of 16 keys to be out of its reach.
+    fn first_half() -> Self {
         let known = KnownKeys::Band { offset: 0, window: None };
-        Self { route, dtype: FloatDType::F32, softcap: 0.0, queries: 70, keys: 70, known, range: |i| [0, i + 1] }
+        Self { queries: 8, keys: 16, known, range: |i| [0, i + 1], ..Self::chunks() }
     }
-    /// 13 queries after 57 keys of a cache, in windows of 20.
-    fn window(route: AttentionRoute) -> Self {
-        let known = KnownKeys::Band { offset: 57, window: Some(20) };
-        Self { queries: 13, known, range: |i| [i + 38, i + 58], ..Self::causal(route) }
+    /// Four queries after 8 keys of a cache, in windows of 5: keys 4 to 11 of 16.
+    fn window() -> Self {
+        let known = KnownKeys::Band { offset: 8, window: Some(5) };
+        Self { queries: 4, known, range: |i| [i + 4, i + 9], ..Self::first_half() }
     }
-    /// Packed documents of 9 tokens, windows of 5 in them, query 20 and the ranges beyond the last key see nothing.
-    fn packed(route: AttentionRoute) -> Self {
+    /// 70 causal queries: several tiles and a rest; heads of 24, which are filled up to 32.
+    fn tiles() -> Self {
+        let (route, range) = (AttentionRoute::Registers, |i| [0, i + 1]);
+        Self { route, queries: 70, keys: 70, width: 24, range, ..Self::chunks() }
+    }
+    /// The last 13 queries of 70, in windows of 20.
+    fn tiles_window() -> Self {
+        Self { queries: 13, range: |i| [i + 38, i + 58], ..Self::tiles() }
+    }
+    /// Packed documents of 9 tokens, windows of 5 in them; query 20 and one with a range beyond the last key see nothing.
+    fn tiles_packed() -> Self {
         let range = |i| match i {
             20 => [20, 20],
             69 => [70, 80],
             _ => [(i / 9 * 9).max(i - 4), i + 1],
         };
-        Self { softcap: 2.0, known: KnownKeys::Unknown, range, ..Self::causal(route) }
+        Self { softcap: 2.0, range, ..Self::tiles() }
     }
     fn half(self) -> Self {
         Self { dtype: FloatDType::F16, ..self }
@@ -287,8 +304,9 @@ impl Attention {
 
     /// Output, gradients and log-sum-exp.
     fn run(self, device: &Device) -> Vec<Vec<f32>> {
-        let (q, k) = (leaf(1, [1, 4, self.queries, 64], device), leaf(2, [1, 2, self.keys, 64], device));
-        let v = leaf(3, [1, 2, self.keys, 64], device);
+        let (q, k) =
+            (leaf(1, [1, 4, self.queries, self.width], device), leaf(2, [1, 2, self.keys, self.width], device));
+        let v = leaf(3, [1, 2, self.keys, self.width], device);
         let view = |x: &Tensor<4>| x.clone().cast(self.dtype).swap_dims(1, 2);
         let ranges = (0..self.queries as i32).flat_map(self.range).collect();
         let ranges = integers(ranges, [1, self.queries, 2], device);
@@ -303,19 +321,17 @@ impl Attention {
 }
 
 fn attention_by_chunks(device: &Device) -> Vec<Vec<f32>> {
-    let route = AttentionRoute::Chunks(32);
-    let cases = [Attention::causal(route), Attention::window(route), Attention::packed(route)];
+    let cases = [Attention::chunks(), Attention::first_half(), Attention::window()];
     cases.into_iter().flat_map(|case| case.run(device)).collect()
 }
 
 fn attention_in_tiles(device: &Device) -> Vec<Vec<f32>> {
-    let route = AttentionRoute::Registers;
-    let cases = [Attention::causal(route), Attention::window(route), Attention::packed(route)];
+    let cases = [Attention::tiles(), Attention::tiles_window(), Attention::tiles_packed()];
     cases.into_iter().flat_map(|case| case.run(device)).collect()
 }
 
 fn attention_in_f16(device: &Device) -> Vec<Vec<f32>> {
-    let cases = [AttentionRoute::Chunks(0), AttentionRoute::Registers].map(|route| Attention::causal(route).half());
+    let cases = [Attention::chunks(), Attention::tiles()].map(Attention::half);
     cases.into_iter().flat_map(|case| case.run(device)).collect()
 }
 

@@ -104,7 +104,12 @@ fn tile(form: Form, s: &Sizes, q: &CubeTensor, bytes: fn(&Tile, usize) -> usize)
     }
     let sizes: &[(usize, usize)] =
         if s.width > 128 { &[(32, 32), (16, 16)] } else { &[(64, 64), (64, 32), (32, 32), (16, 16)] };
-    let tile = |&(rows, keys): &(usize, usize)| Tile { form, rows, keys, width: s.width, capped: s.softcap > 0.0 };
+    let (depth, capped) = (s.width, s.softcap > 0.0);
+    let width = depth.next_multiple_of(match form {
+        Form::Registers => 16,
+        Form::Fragments => 32,
+    });
+    let tile = |&(rows, keys): &(usize, usize)| Tile { form, rows, keys, depth, width, capped };
     sizes.iter().map(tile).find(|tile| tile.fits() && bytes(tile, q.dtype.size()) <= budget)
 }
 

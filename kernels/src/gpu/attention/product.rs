@@ -279,7 +279,8 @@ impl Accumulator {
         }
     }
 
-    /// Overwrites rows `0..count` of `out`, which start at `start` and are `stride` apart, with `factor[row] * self`.
+    /// Overwrites rows `0..count` of `out`, `depth` numbers each, which start at `start` and are `stride` apart, with
+    /// `factor[row] * self`.
     pub fn write<E: Float>(
         &self,
         out: &mut [E],
@@ -288,6 +289,7 @@ impl Accumulator {
         count: usize,
         factors: &[f32],
         scratch: &mut [f32],
+        #[comptime] depth: usize,
         #[comptime] p: Product,
     ) {
         let rows = comptime!(p.own_rows());
@@ -300,7 +302,7 @@ impl Accumulator {
                 let column = own_column(j, p);
                 let index = comptime!(i * columns + j);
                 if comptime!(p.form == Form::Registers) {
-                    if row < count {
+                    if row < count && column < depth {
                         out[start + row * stride + column] = E::cast_from(self.sums[index] * factors[row]);
                     }
                 } else {
@@ -316,7 +318,7 @@ impl Accumulator {
                     for turn in 0..comptime!(SIDE * SIDE / 32) {
                         let cell = UNIT_POS_PLANE as usize + turn * 32;
                         let at = row + cell / SIDE;
-                        if at < count {
+                        if at < count && column + cell % SIDE < depth {
                             let value = scratch[own + cell] * factors[at];
                             out[start + at * stride + column + cell % SIDE] = E::cast_from(value);
                         }

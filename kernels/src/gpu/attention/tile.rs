@@ -8,12 +8,13 @@ use super::rows::visible;
 /// Alignment in bytes of what fragments are loaded from and stored to.
 pub(super) const ALIGN: usize = 32;
 
-/// Constants of a tiled kernel: `rows` queries against `keys` keys of `width` numbers each.
+/// Constants of a tiled kernel: `rows` queries against `keys` keys of `depth` numbers each, which zeros fill up to `width`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) struct Tile {
     pub form: Form,
     pub rows: usize,
     pub keys: usize,
+    pub depth: usize,
     pub width: usize,
     pub capped: bool,
 }
@@ -158,7 +159,7 @@ pub(super) fn load_rows<E: Float, N: Size>(
         let row = i / vectors;
         let column = i % vectors;
         let mut value = Vector::<E, N>::new(E::from_int(0));
-        if row < count {
+        if row < count && column * size < t.depth {
             value = from[(start + row * stride) / size + column];
         }
         let at = row * comptime!(t.wide()) + column * size;

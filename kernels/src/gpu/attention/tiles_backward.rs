@@ -49,9 +49,9 @@ impl<E: Float> Queries<E> {
         #[comptime] t: Tile,
     ) {
         let start = row * sizes.heads + head;
-        let stride = sizes.heads * t.width;
-        load_rows::<E, N>(q, &mut self.q, start * t.width, stride, count, t.rows, t);
-        load_rows::<E, N>(d_out, &mut self.d_out, start * t.width, stride, count, t.rows, t);
+        let stride = sizes.heads * t.depth;
+        load_rows::<E, N>(q, &mut self.q, start * t.depth, stride, count, t.rows, t);
+        load_rows::<E, N>(d_out, &mut self.d_out, start * t.depth, stride, count, t.rows, t);
         load_numbers(lse, &mut self.lse, start, sizes.heads, count, t.rows);
         load_numbers(delta, &mut self.delta, start, sizes.heads, count, t.rows);
     }
@@ -124,7 +124,7 @@ fn query_gradient_kernel<E: Float, I: Int, N: Size>(
     let query = ((sizes.queries - 1) / t.rows - CUBE_POS_X as usize) * t.rows;
     let row = sequence * sizes.queries + query;
     let count = min(sizes.queries - query, t.rows.runtime());
-    let key_stride = sizes.groups * t.width;
+    let key_stride = sizes.groups * t.depth;
     let unit = UNIT_POS as usize;
 
     queries.ranges.load::<I>(ranges, row, count, sizes.keys, t.rows);
@@ -137,7 +137,7 @@ fn query_gradient_kernel<E: Float, I: Int, N: Size>(
     let mut sums = Accumulator::zeros(comptime!(t.over_keys()));
     let mut key = first;
     while key < end {
-        let start = ((sequence * sizes.keys + key) * sizes.groups + group) * t.width;
+        let start = ((sequence * sizes.keys + key) * sizes.groups + group) * t.depth;
         let key_count = min(sizes.keys - key, t.keys.runtime());
         load_rows::<E, N>(k, &mut keys, start, key_stride, key_count, t.keys, t);
         load_rows::<E, N>(v, &mut values, start, key_stride, key_count, t.keys, t);
@@ -158,8 +158,8 @@ fn query_gradient_kernel<E: Float, I: Int, N: Size>(
         sync_cube();
         key += t.keys;
     }
-    let start = (row * sizes.heads + head) * t.width;
-    sums.write::<E>(dq, start, sizes.heads * t.width, count, &factors, &mut scores, comptime!(t.over_keys()));
+    let start = (row * sizes.heads + head) * t.depth;
+    sums.write::<E>(dq, start, sizes.heads * t.depth, count, &factors, &mut scores, t.depth, comptime!(t.over_keys()));
 }
 
 #[cube(launch)]
@@ -194,8 +194,8 @@ fn key_gradient_kernel<E: Float, I: Int, N: Size>(
     let repeats = sizes.heads / sizes.groups;
     let key = CUBE_POS_X as usize * t.keys;
     let key_count = min(sizes.keys - key, t.keys.runtime());
-    let start = ((sequence * sizes.keys + key) * sizes.groups + group) * t.width;
-    let stride = sizes.groups * t.width;
+    let start = ((sequence * sizes.keys + key) * sizes.groups + group) * t.depth;
+    let stride = sizes.groups * t.depth;
     let unit = UNIT_POS as usize;
 
     load_rows::<E, N>(k, &mut keys, start, stride, key_count, t.keys, t);
@@ -241,13 +241,13 @@ fn key_gradient_kernel<E: Float, I: Int, N: Size>(
         factors[unit] = scale;
     }
     sync_cube();
-    dk_sums.write::<E>(dk, start, stride, key_count, &factors, &mut scores, comptime!(t.over_queries()));
+    dk_sums.write::<E>(dk, start, stride, key_count, &factors, &mut scores, t.depth, comptime!(t.over_queries()));
     sync_cube();
     if unit < t.keys {
         factors[unit] = 1.0;
     }
     sync_cube();
-    dv_sums.write::<E>(dv, start, stride, key_count, &factors, &mut scores, comptime!(t.over_queries()));
+    dv_sums.write::<E>(dv, start, stride, key_count, &factors, &mut scores, t.depth, comptime!(t.over_queries()));
 }
 
 pub(super) fn backward(

@@ -143,9 +143,9 @@ fn forward_kernel<E: Float, I: Int, N: Size>(
     let query = ((sizes.queries - 1) / t.rows - CUBE_POS_X as usize) * t.rows;
     let row = sequence * sizes.queries + query;
     let count = min(sizes.queries - query, t.rows.runtime());
-    let query_start = (row * sizes.heads + head) * t.width;
-    let query_stride = sizes.heads * t.width;
-    let key_stride = sizes.groups * t.width;
+    let query_start = (row * sizes.heads + head) * t.depth;
+    let query_stride = sizes.heads * t.depth;
+    let key_stride = sizes.groups * t.depth;
 
     seen.load::<I>(ranges, row, count, sizes.keys, t.rows);
     load_rows::<E, N>(q, &mut queries, query_start, query_stride, count, t.rows, t);
@@ -154,7 +154,7 @@ fn forward_kernel<E: Float, I: Int, N: Size>(
     let mut sums = Accumulator::zeros(comptime!(t.over_keys()));
     let mut key = first;
     while key < end {
-        let start = ((sequence * sizes.keys + key) * sizes.groups + group) * t.width;
+        let start = ((sequence * sizes.keys + key) * sizes.groups + group) * t.depth;
         let keys = min(sizes.keys - key, t.keys.runtime());
         load_rows::<E, N>(k, &mut loaded, start, key_stride, keys, t.keys, t);
         sync_cube();
@@ -179,7 +179,16 @@ fn forward_kernel<E: Float, I: Int, N: Size>(
         }
     }
     sync_cube();
-    sums.write::<E>(out, query_start, query_stride, count, &rows.factor, &mut scores, comptime!(t.over_keys()));
+    sums.write::<E>(
+        out,
+        query_start,
+        query_stride,
+        count,
+        &rows.factor,
+        &mut scores,
+        t.depth,
+        comptime!(t.over_keys()),
+    );
 }
 
 pub(super) fn forward(s: Sizes, t: Tile, [q, k, v, ranges]: [CubeTensor; 4]) -> (CubeTensor, CubeTensor) {

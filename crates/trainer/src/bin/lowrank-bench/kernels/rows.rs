@@ -301,16 +301,6 @@ fn attention_inputs(inputs: &mut Inputs, s: &Sizes) -> ([Tensor<4>; 3], Tensor<3
     (qkv, inputs.integers(ranges, [s.batch, s.seq, 2]), floats, products)
 }
 
-/// The sizes with heads that the route has tiles for: multiples of 16.
-fn fitting(s: &Sizes, route: AttentionRoute) -> Sizes {
-    match route {
-        AttentionRoute::Registers | AttentionRoute::Fragments => {
-            Sizes { head_dim: s.head_dim.next_multiple_of(16), ..*s }
-        }
-        AttentionRoute::Chosen | AttentionRoute::Chunks(_) => *s,
-    }
-}
-
 /// What a causal model tells the kernel.
 fn causal(route: AttentionRoute) -> AttentionHints {
     AttentionHints { keys: KnownKeys::Band { offset: 0, window: None }, route }
@@ -321,7 +311,6 @@ fn attention_shape(s: &Sizes) -> String {
 }
 
 fn attention(inputs: &mut Inputs, s: &Sizes, route: AttentionRoute) -> anyhow::Result<Work> {
-    let s = &fitting(s, route);
     let ([q, k, v], ranges, floats, products) = attention_inputs(inputs, s);
     let bytes = inputs.width() * (floats + product(&[s.tokens(), s.heads, s.head_dim]));
     let scale = 1.0 / (s.head_dim as f32).sqrt();
@@ -332,7 +321,6 @@ fn attention(inputs: &mut Inputs, s: &Sizes, route: AttentionRoute) -> anyhow::R
 }
 
 fn attention_backward(inputs: &mut Inputs, s: &Sizes, route: AttentionRoute) -> anyhow::Result<Work> {
-    let s = &fitting(s, route);
     let ([q, k, v], ranges, floats, products) = attention_inputs(inputs, s);
     let d_out = inputs.tensor([s.batch, s.seq, s.heads, s.head_dim]);
     let bytes = inputs.width() * (2.0 * floats + 2.0 * product(&[s.tokens(), s.heads, s.head_dim]));
