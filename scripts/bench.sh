@@ -205,7 +205,8 @@ print(json.dumps({"bench": "failure", "command": command, "why": why}))
 PYTHON
 }
 
-# The step of one workload: model, sequences, what is trained by us and by the peers. Nothing is recomputed.
+# The step of one workload: model, sequences, what is trained by us and by the peers. Nothing is recomputed, except where memory
+# is the point.
 gpu_workload() {
     local model rows own=() peers=()
     case $1 in
@@ -214,7 +215,8 @@ gpu_workload() {
     qlora-8b) model=configs/bench/llama-8b rows=1 own=(--quantization nf4) peers=(qlora:eager) ;;
     full-350m | full-1b) rows=8 own=(--optimizer 'adamw = {}') peers=(full:eager full:compiled) ;;
     galore-350m | galore-1b) rows=8 peers=(galore:eager) ;;
-    *) echo "error: WORKLOADS has $1, expected lora-1b lora-8b qlora-8b full-350m galore-350m full-1b galore-1b" >&2; exit 2 ;;
+    q-galore-7b) model=configs/pretrain/models/llama-7b rows=1 ;; # for its memory; no peer runs it here
+    *) echo "error: WORKLOADS has $1, expected lora-1b lora-8b qlora-8b full-350m galore-350m full-1b galore-1b q-galore-7b" >&2; exit 2 ;;
     esac
     case $1 in
     *-350m) model=configs/pretrain/models/llama-350m hidden=1024 ;;
@@ -223,6 +225,8 @@ gpu_workload() {
     [ -z "$quick" ] || model=configs/pretrain/models/llama-tiny rows=1 hidden=256
     if [ "${1%%-*}" = galore ]; then
         own=(--optimizer "galore = { rank = $((hidden / 4)), update_proj_gap = 200, stagger = false }")
+    elif [ "$1" = q-galore-7b ]; then
+        own=(--optimizer "q_galore = { rank = $([ -z "$quick" ] && echo 1024 || echo 64), update_proj_gap = 200 }" --checkpointing block)
     fi
     gpu_program "$binary" step --model "$model" --random --workload "$1" --device "$device" --batch "$rows" \
         "${sizes[@]}" --threads "$(nproc)" "${own[@]}"
@@ -237,9 +241,9 @@ bench_gpu() {
     local device=${DEVICE:-auto} python=${PEERS_PYTHON:-python3} quick=${QUICK:-} peer_device=cuda peer workload features=()
     local parts=() workloads=() small=() dtype=bf16 seq=2048 hidden=0
     read -ra parts <<<"${PARTS:-gemm kernels steps}"
-    read -ra workloads <<<"${WORKLOADS:-lora-1b lora-8b qlora-8b full-350m galore-350m galore-1b full-1b}"
+    read -ra workloads <<<"${WORKLOADS:-lora-1b lora-8b qlora-8b full-350m galore-350m galore-1b full-1b q-galore-7b}"
     if [ -n "$quick" ]; then
-        [ -n "${WORKLOADS:-}" ] || workloads=(lora-1b qlora-8b full-350m galore-350m)
+        [ -n "${WORKLOADS:-}" ] || workloads=(lora-1b qlora-8b full-350m galore-350m q-galore-7b)
         small=(--quick) dtype=${DTYPE:-f32} seq=32 peer_device=cpu
     fi
     if [ "$python" != none ] && ! "$python" -c 'import torch, transformers, peft' 2>/dev/null; then

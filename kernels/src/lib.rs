@@ -1,29 +1,30 @@
 //! Kernels of `lowrank`: tensors in, tensors out. This crate knows no method and no model.
 //!
-//! | function | what | bound by | reference | CPU |
+//! | function | what | bound by | CPU | GPU |
 //! | --- | --- | --- | --- | --- |
-//! | [`linear`] | `x W + b`, no `dW` for a frozen W | arithmetic | yes | gemm |
-//! | [`lowrank_linear`] | `x W + b + s (D(x) A) B` | arithmetic | yes | gemm, delta accumulated in place; `W + s A B` for large r |
-//! | both on a [`Packed`] weight | the same, dequantised panel by panel | arithmetic | yes | gemm on a scratch buffer |
-//! | [`projected_linear`] | `x W + b` with `P^T dW Q` as the gradient of W | arithmetic | yes | gemm |
-//! | [`packed_projected_linear`] | the same on codes, with a placeholder for the gradient | arithmetic | yes | gemm |
-//! | [`factored_linear`] | `x W + b` that hands over `x` and `dy` instead of `dW` | arithmetic | yes | gemm |
-//! | [`lowrank_shift`] | `x + s (x A) B` | arithmetic | yes | gemm, accumulated into a copy of x |
-//! | [`column_scale`] | `z * c + b`, c trained | memory | yes | in place |
-//! | [`block_rotation`] | `x + x blockdiag(E)` | arithmetic | yes | gemm on the columns of each block |
-//! | [`scaled_basis`] | one basis under many diagonals | memory | yes | one pass |
-//! | [`rms_norm`] | RMS normalisation | memory | yes | one pass |
-//! | [`rotary`] | rotary embedding | memory | yes | one pass |
-//! | [`attention`] | softmax attention over key ranges | arithmetic | yes | tiles, log-sum-exp saved |
-//! | [`gated`] | SwiGLU, GeGLU | memory | yes | one pass |
-//! | [`cross_entropy`] | loss and gradient of a chunk of logits | memory | yes | in place |
-//! | [`adamw`] | optimiser step | memory | yes | in place |
-//! | [`adam8()`] | optimiser step with moments in 8 bits | memory | yes | in place |
-//! | [`stochastic_round`] | f32 to 16 bits, mean kept | memory | yes | one pass |
-//! | [`sum_squares`] | for gradient norms | memory | yes | one pass |
+//! | [`linear`] | `x W + b`, no `dW` for a frozen W | arithmetic | gemm | Burn's matmul |
+//! | [`lowrank_linear`] | `x W + b + s (D(x) A) B` | arithmetic | gemm, delta accumulated in place; `W + s A B` for large r | thin products own, sums merged into Burn's matmul |
+//! | both on a [`Packed`] weight | the same, dequantised panel by panel | arithmetic | gemm on a scratch buffer | dequantising kernel and matmul; few tokens by the codes |
+//! | [`projected_linear`] | `x W + b` with `P^T dW Q` as the gradient of W | arithmetic | gemm | as linear |
+//! | [`packed_projected_linear`] | the same on codes, with a placeholder for the gradient | arithmetic | gemm | as packed |
+//! | [`factored_linear`] | `x W + b` that hands over `x` and `dy` instead of `dW` | arithmetic | gemm | as linear |
+//! | [`lowrank_shift`] | `x + s (x A) B` | arithmetic | gemm, accumulated into a copy of x | as lowrank_linear |
+//! | [`column_scale`] | `z * c + b`, c trained | memory | in place | reference |
+//! | [`block_rotation`] | `x + x blockdiag(E)` | arithmetic | gemm on the columns of each block | reference |
+//! | [`scaled_basis`] | one basis under many diagonals | memory | one pass | reference |
+//! | [`rms_norm`] | RMS normalisation | memory | one pass | own |
+//! | [`rotary`] | rotary embedding | memory | one pass | own |
+//! | [`attention`] | softmax attention over key ranges | arithmetic | tiles, log-sum-exp saved | own, three ways |
+//! | [`gated`] | SwiGLU, GeGLU | memory | one pass | own |
+//! | [`cross_entropy`] | loss and gradient of a chunk of logits | memory | in place | own, gradient in place |
+//! | [`adamw`] | optimiser step | memory | in place | own, in place |
+//! | [`adam8()`] | optimiser step with moments in 8 bits | memory | in place | own, in place |
+//! | [`stochastic_round`] | f32 to 16 bits, mean kept | memory | one pass | own |
+//! | [`sum_squares`] | for gradient norms | memory | one pass | own |
 //!
-//! Every operation is a method of [`LowRankOps`] with a default body in plain tensor operations (the reference, which GPUs run
-//! where there is no kernel of ours) and a hand-written backward that serves all backends.
+//! Every operation is a method of [`LowRankOps`] with a default body in plain tensor operations (the reference) and a hand-written
+//! backward that serves all backends. CPU loops are in the file of the operation, CubeCL kernels in `gpu/`; where the table says
+//! reference, Burn fuses the plain operations.
 
 #[cfg(feature = "flex")]
 mod cpu;

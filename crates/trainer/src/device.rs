@@ -148,7 +148,8 @@ pub fn kernels(description: &str) -> &'static str {
     match description.starts_with("cpu") {
         true => "the CPU's own loops",
         false => {
-            "own kernels for norms, gated activations and attention; the rest as plain tensor operations, fused by Burn"
+            "our own for thin and packed products, attention, norms, rotary embedding, gated activations, cross-entropy and \
+             optimisers; matrix products by Burn, the rest as plain tensor operations that it fuses"
         }
     }
 }

@@ -86,11 +86,11 @@ fn runs_on_a_graphics_device() {
     a_buffer_that_is_too_large_is_an_error(&scene);
 }
 
-/// The device's own count of live bytes does not rise after the first steps, in which caches of launch data fill. What is on its way
+/// The device's own count of live bytes does not rise after some 130 steps, in which caches of launch data fill. What is on its way
 /// to the device when they are counted makes 5 KB more or less, so what would show is a step that leaves 250 bytes behind:
 /// any tensor of this model but a vector of 60 values.
 fn a_run_is_that_of_the_cpu_and_its_memory_does_not_grow(scene: &Scene) {
-    let sets = ["training.max_steps=100"];
+    let sets = ["training.max_steps=240"];
     for (run, device) in [("cpu", "device=cpu"), ("card", "device=wgpu")] {
         let ended = scene.run(run, &[&sets[..], &[device]].concat());
         assert_eq!(ended.code, 0, "{}", ended.said);
@@ -107,8 +107,8 @@ fn a_run_is_that_of_the_cpu_and_its_memory_does_not_grow(scene: &Scene) {
         assert!(card["launches"].as_f64().unwrap() > 50.0 && cpu.get("launches").is_none(), "{card}");
     }
     let bytes: Vec<u64> = card.iter().map(|line| line["tensor_bytes"].as_u64().unwrap()).collect();
-    assert_eq!((&card[5]["step"], &card[10]["step"]), (&50.into(), &100.into()));
-    assert!(bytes[8..].iter().min() <= bytes[5..8].iter().max(), "{bytes:?}");
+    assert_eq!((&card[18]["step"], &card[24]["step"]), (&180.into(), &240.into()));
+    assert!(bytes[21..].iter().min() <= bytes[18..21].iter().max(), "{bytes:?}");
     let summary = &scene.lines("card", "summary")[0];
     let measured = summary["measured_memory_bytes"].as_object().unwrap();
     let sum: u64 = measured.values().map(|bytes| bytes.as_u64().unwrap()).sum();

@@ -19,7 +19,8 @@ use lowrank_train::memory::device_memory;
 use lowrank_train::metrics::process_memory;
 use lowrank_train::session::Session;
 use lowrank_train::step::StepOptions;
-use lowrank_train::train_loop::{StepPlan, optimizer_step};
+use lowrank_train::train_loop::{Reading, StepPlan};
+use lowrank_train::update::{Measured as Outcome, Unread, read_all, take_step};
 use lowrank_train::{device, optimizer};
 
 use crate::flops::{self, Trained};
@@ -68,12 +69,23 @@ pub fn run(arguments: Arguments) -> anyhow::Result<()> {
     if arguments.steps == 0 {
         bail!("--steps is 0: nothing would be timed");
     }
-    let (decoder, description) = model_of(&arguments)?;
-    time_steps(decoder, &description, &arguments)
+    let config = config_of(&arguments)?;
+    let (decoder, description) = model_of(&arguments, &config)?;
+    time_steps(decoder, &description, &arguments, config)
+}
+
+/// What a configuration file would say.
+fn config_of(arguments: &Arguments) -> anyhow::Result<RunConfig> {
+    let mut config = RunConfig { dtype: super::run_dtype(&arguments.dtype), ..RunConfig::default() };
+    (config.training.micro_batch_size, config.data.max_seq_length) = (arguments.batch, arguments.seq);
+    if let Some(text) = &arguments.optimizer {
+        config.optimizer = toml::from_str(text).context("--optimizer")?;
+    }
+    Ok(config)
 }
 
 /// The model on a device, and what the device is.
-fn model_of(arguments: &Arguments) -> anyhow::Result<(Decoder, String)> {
+fn model_of(arguments: &Arguments, config: &RunConfig) -> anyhow::Result<(Decoder, String)> {
     let dtype = super::run_dtype(&arguments.dtype);
     if !arguments.random {
         let session = Session::open(&arguments.model, &arguments.device, dtype, ProgressStyle::None)?;
@@ -81,11 +93,13 @@ fn model_of(arguments: &Arguments) -> anyhow::Result<(Decoder, String)> {
     }
     let chosen = device::choose(&arguments.device)?;
     let (compute, folder) = (device::compute_type(dtype, &chosen)?, Path::new(&arguments.model));
-    let format = arguments.quantization.as_deref().map(|name| match name {
-        "nf4" => Quantisation::NF4,
-        "int8" => Quantisation::INT8,
-        _ => Quantisation::INT4,
-    });
+    let format = match arguments.quantization.as_deref() {
+        Some("nf4") => Some(Quantisation::NF4),
+        Some("int8") => Some(Quantisation::INT8),
+        Some(_) => Some(Quantisation::INT4),
+        // What training holds as codes is never drawn in more bits.
+        None => optimizer::trained_codes(config)?.map(|(_, format)| format),
+    };
     let decoder = match device_memory(&chosen.device).is_some() || format.is_some() {
         true => {
             let quantise = |module: &str| format.filter(|_| module.ends_with("_proj"));
@@ -141,14 +155,9 @@ struct Numbers {
     device_bytes: Option<u64>,
 }
 
-fn time_steps(mut decoder: Decoder, description: &str, arguments: &Arguments) -> anyhow::Result<()> {
-    let mut config = RunConfig::default();
-    (config.training.micro_batch_size, config.data.max_seq_length) = (arguments.batch, arguments.seq);
+fn time_steps(mut decoder: Decoder, description: &str, arguments: &Arguments, config: RunConfig) -> anyhow::Result<()> {
     match &arguments.optimizer {
-        Some(text) => {
-            config.optimizer = toml::from_str(text).context("--optimizer")?;
-            decoder = parameters::set_trained(decoder, |_| Some(true));
-        }
+        Some(_) => decoder = parameters::set_trained(decoder, |_| Some(true)),
         None => {
             let adapter = arguments.adapter.as_deref().unwrap_or(DEFAULT_ADAPTER);
             let adapter = toml::from_str(adapter).context("--adapter")?;
@@ -200,8 +209,10 @@ fn measure(decoder: &mut Decoder, state: &mut Optimizer, arguments: &Arguments) 
     };
     let options = StepOptions { checkpointing: mode, head_chunk_tokens: decoder.default_head_chunk(), seed: 0 };
     let device: Device = decoder.device();
+    // As a run does: a card is not asked for the loss in every step.
+    let reading = if device_memory(&device).is_some() { Reading::Later } else { Reading::EveryStep };
     let (mut times, mut loss, mut gradient_bytes, mut first_refresh) = (vec![], 0.0, 0, 0.0);
-    let mut device_bytes = None;
+    let (mut device_bytes, mut last) = (None, None::<Unread>);
     for step in 0..arguments.warmup + arguments.steps {
         if step == arguments.warmup {
             wait(&device)?;
@@ -218,10 +229,13 @@ fn measure(decoder: &mut Decoder, state: &mut Optimizer, arguments: &Arguments) 
             rule: &|_, _, gradient_scale| StepRule { learning_rate: 1e-4, weight_decay: 0.0, gradient_scale },
             immediate: arguments.optimizer.is_some(),
         };
-        let report = optimizer_step(decoder, state, std::slice::from_ref(batch), &plan);
+        let outcome = take_step(decoder, state, std::slice::from_ref(batch), &plan, 1.0, reading);
         wait(&device)?;
         let seconds = started.elapsed().as_secs_f64();
-        (loss, gradient_bytes) = (report.loss, gradient_bytes.max(report.gradient_bytes));
+        match outcome {
+            Outcome::Read(report) => (loss, gradient_bytes) = (report.loss, gradient_bytes.max(report.gradient_bytes)),
+            Outcome::Unread(unread) => last = Some(*unread),
+        }
         if step == 0 {
             first_refresh = state.reports().values().map(|report| report.refresh_seconds).sum();
         }
@@ -229,6 +243,9 @@ fn measure(decoder: &mut Decoder, state: &mut Optimizer, arguments: &Arguments) 
             times.push(seconds);
             device_bytes = device_bytes.max(device_memory(&device).map(|memory| memory.reserved_bytes));
         }
+    }
+    for report in read_all(last.into_iter().collect()) {
+        (loss, gradient_bytes) = (report.loss, gradient_bytes.max(report.gradient_bytes));
     }
     Ok(Numbers { timing: Timing::of(times)?, loss, gradient_bytes, first_refresh, device_bytes })
 }
