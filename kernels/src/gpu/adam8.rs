@@ -47,7 +47,7 @@ fn encode(maps: &Shared<[f32]>, start: usize, value: f32, scale: f32, #[comptime
 }
 
 #[cube(launch_unchecked, address_type = "dynamic")]
-fn adam8_kernel<P: Float, G: Float>(
+pub(super) fn adam8_kernel<P: Float, G: Float>(
     parameter: &[P],
     codes: &[i32],
     absmax: &[f32],

@@ -13,7 +13,7 @@ use super::launch::{InPlace, address_type, assert_dtype, dense, element, flat_ve
 use crate::adamw::{AdamW, Factors};
 
 #[cube(launch_unchecked, address_type = "dynamic")]
-fn adamw_kernel<P: Float, G: Float, N: Size>(
+pub(super) fn adamw_kernel<P: Float, G: Float, N: Size>(
     parameter: &[Vector<P, N>],
     first: &[Vector<f32, N>],
     second: &[Vector<f32, N>],

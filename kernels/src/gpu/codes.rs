@@ -125,7 +125,7 @@ pub(crate) fn decode<N: Size>(
 }
 
 #[cube(launch)]
-fn dequantise_kernel<F: Float, N: Size>(
+pub(super) fn dequantise_kernel<F: Float, N: Size>(
     codes: &Codes,
     values: &mut [Vector<F, N>],
     first: u32,

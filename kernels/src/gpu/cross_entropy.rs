@@ -29,7 +29,7 @@ fn capped_logits<N: Size>(raw: Vector<f32, N>, softcap: f32, #[comptime] capped:
 }
 
 #[cube(launch_unchecked, address_type = "dynamic")]
-fn cross_entropy_kernel<F: Float, I: Int, N: Size>(
+pub(super) fn cross_entropy_kernel<F: Float, I: Int, N: Size>(
     logits: &[Vector<F, N>],
     targets: &[I],
     losses: &mut [f32],

@@ -16,7 +16,7 @@ const CUBES: usize = 512;
 const ALONE: usize = 1 << 14;
 
 #[cube(launch_unchecked, address_type = "dynamic")]
-fn sum_kernel<F: Float, N: Size>(
+pub(super) fn sum_kernel<F: Float, N: Size>(
     x: &[Vector<F, N>],
     sums: &mut [f32],
     #[comptime] square: bool,

@@ -12,7 +12,7 @@ use cubecl::prelude::*;
 use super::launch::{InPlace, address_type, assert_dtype, assert_shape, dense, element, per_item, vector_size};
 
 #[cube(launch_unchecked, address_type = "dynamic")]
-fn rotary_kernel<F: Float, N: Size>(
+pub(super) fn rotary_kernel<F: Float, N: Size>(
     x: &[Vector<F, N>],
     cos: &[Vector<f32, N>],
     sin: &[Vector<f32, N>],

@@ -66,7 +66,7 @@ fn to_f16(x: f32, noise: u32) -> f32 {
 }
 
 #[cube(launch_unchecked, address_type = "dynamic")]
-fn stochastic_round_kernel<F: Float, N: Size>(
+pub(super) fn stochastic_round_kernel<F: Float, N: Size>(
     x: &[Vector<f32, N>],
     y: &mut [Vector<F, N>],
     seed_low: u32,

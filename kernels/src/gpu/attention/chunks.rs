@@ -27,13 +27,13 @@ const ROW_UNITS: u32 = 256;
 
 /// Where a chunk lies: its first query, its first key, and the sizes that turn a row into a query and a head.
 #[derive(CubeType, CubeLaunch, Clone, Copy)]
-struct Place {
-    first_query: usize,
-    first_key: usize,
-    queries: usize,
-    groups: usize,
-    repeats: usize,
-    span: usize,
+pub(in crate::gpu) struct Place {
+    pub first_query: usize,
+    pub first_key: usize,
+    pub queries: usize,
+    pub groups: usize,
+    pub repeats: usize,
+    pub span: usize,
 }
 
 #[cube]
@@ -55,7 +55,7 @@ impl Place {
 }
 
 #[cube(launch)]
-fn softmax_kernel<F: Float, I: Int>(
+pub(in crate::gpu) fn softmax_kernel<F: Float, I: Int>(
     scores: &[f32],
     ranges: &[I],
     weights: &mut [F],
@@ -98,7 +98,7 @@ fn softmax_kernel<F: Float, I: Int>(
 }
 
 #[cube(launch)]
-fn softmax_backward_kernel<F: Float, I: Int>(
+pub(in crate::gpu) fn softmax_backward_kernel<F: Float, I: Int>(
     scores: &[f32],
     d_weights: &[f32],
     lse: &[f32],

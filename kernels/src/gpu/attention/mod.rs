@@ -20,12 +20,12 @@
 //! the chunks and the register form were compared with the CPU, on software Vulkan. Hence [`choose`] takes the tiles only where it is
 //! told to; [`AttentionRoute`] is the switch by which a test or a bench on a card compares all three.
 
-mod chunks;
-mod product;
-mod rows;
-mod tile;
-mod tiles_backward;
-mod tiles_forward;
+pub(super) mod chunks;
+pub(super) mod product;
+pub(super) mod rows;
+pub(super) mod tile;
+pub(super) mod tiles_backward;
+pub(super) mod tiles_forward;
 
 use burn::tensor::DType;
 use burn_cubecl::tensor::CubeTensor;

@@ -10,7 +10,7 @@ use cubecl::cmma::{self, Matrix, MatrixIdent, MatrixLayout};
 use cubecl::prelude::*;
 
 /// Units of a cube: four planes of 32.
-pub(super) const UNITS: usize = 128;
+pub(in crate::gpu) const UNITS: usize = 128;
 /// Register form: units side by side along the rows and along the columns of a product.
 const UNIT_ROWS: usize = 8;
 const UNIT_COLUMNS: usize = 16;
@@ -22,7 +22,7 @@ pub(super) const SCRATCH: usize = PLANES * SIDE * SIDE;
 
 /// How products are formed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(super) enum Form {
+pub(in crate::gpu) enum Form {
     Registers,
     Fragments,
 }
@@ -38,7 +38,7 @@ pub(super) const fn padded(width: usize, form: Form) -> usize {
 
 /// The sizes of one product `[rows, inner] x [inner, columns]` and how its operands lie in shared memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(super) struct Product {
+pub(in crate::gpu) struct Product {
     pub form: Form,
     pub rows: usize,
     pub columns: usize,

@@ -30,7 +30,7 @@ pub(super) fn cap(score: f32, softcap: f32, #[comptime] capped: bool) -> (f32, f
 
 /// `D = rowsum(out * d_out)` in f32; one unit a row, a row being one or two cache lines.
 #[cube(launch)]
-fn row_products<F: Float, N: Size>(
+pub(in crate::gpu) fn row_products<F: Float, N: Size>(
     out: &[Vector<F, N>],
     d_out: &[Vector<F, N>],
     delta: &mut [f32],

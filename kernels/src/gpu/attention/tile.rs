@@ -10,7 +10,7 @@ pub(super) const ALIGN: usize = 32;
 
 /// Constants of a tiled kernel: `rows` queries against `keys` keys of `depth` numbers each, which zeros fill up to `width`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(super) struct Tile {
+pub(in crate::gpu) struct Tile {
     pub form: Form,
     pub rows: usize,
     pub keys: usize,
@@ -91,7 +91,7 @@ impl Tile {
 
 /// Lengths of the tensors, known at launch.
 #[derive(CubeType, CubeLaunch, Clone, Copy)]
-pub(super) struct Lengths {
+pub(in crate::gpu) struct Lengths {
     pub queries: usize,
     pub keys: usize,
     pub heads: usize,

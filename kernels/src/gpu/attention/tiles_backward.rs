@@ -94,7 +94,7 @@ impl<E: Float> Queries<E> {
 }
 
 #[cube(launch)]
-fn query_gradient_kernel<E: Float, I: Int, N: Size>(
+pub(in crate::gpu) fn query_gradient_kernel<E: Float, I: Int, N: Size>(
     q: &[Vector<E, N>],
     k: &[Vector<E, N>],
     v: &[Vector<E, N>],
@@ -163,7 +163,7 @@ fn query_gradient_kernel<E: Float, I: Int, N: Size>(
 }
 
 #[cube(launch)]
-fn key_gradient_kernel<E: Float, I: Int, N: Size>(
+pub(in crate::gpu) fn key_gradient_kernel<E: Float, I: Int, N: Size>(
     q: &[Vector<E, N>],
     k: &[Vector<E, N>],
     v: &[Vector<E, N>],

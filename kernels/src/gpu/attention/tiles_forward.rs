@@ -114,7 +114,7 @@ impl Rows {
 }
 
 #[cube(launch)]
-fn forward_kernel<E: Float, I: Int, N: Size>(
+pub(in crate::gpu) fn forward_kernel<E: Float, I: Int, N: Size>(
     q: &[Vector<E, N>],
     k: &[Vector<E, N>],
     v: &[Vector<E, N>],

@@ -21,7 +21,7 @@
 //! f32 accumulation. Deterministic: the order of every sum depends on shapes and the device only; parts of a split sum go to an
 //! f32 buffer that `fold_kernel` adds up in order. Outputs are overwritten. Not measured yet.
 
-mod kernel;
+pub(super) mod kernel;
 
 use burn::backend::TensorMetadata;
 use burn::backend::ops::FloatTensorOps;
