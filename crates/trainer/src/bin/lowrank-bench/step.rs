@@ -237,7 +237,7 @@ fn measure(decoder: &mut Decoder, state: &mut Optimizer, arguments: &Arguments) 
             Outcome::Unread(unread) => last = Some(*unread),
         }
         if step == 0 {
-            first_refresh = state.reports().values().map(|report| report.refresh_seconds).sum();
+            first_refresh = state.reports().values().map(|report| report.refresh_seconds).sum::<f64>() + 0.0; // not -0
         }
         if step >= arguments.warmup {
             times.push(seconds);
