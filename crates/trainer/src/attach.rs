@@ -4,8 +4,10 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use burn::tensor::{Device, Tensor, TensorData};
+use lowrank_core::Projection;
+use lowrank_core::base::{Base, PackedBase};
 use lowrank_core::calibration::{Covariance, Wanted};
-use lowrank_models::adapters::{self, AdapterError, Fresh};
+use lowrank_models::adapters::{self, AdapterError, Fresh, Shared, start};
 use lowrank_models::hf::peft::MethodConfig;
 use lowrank_models::hf::{self, Checkpoint, HfError};
 use lowrank_models::network::Network;
@@ -15,7 +17,7 @@ use crate::calibrate::Measured;
 use crate::config::{AdapterConfig, ProgressStyle, RunConfig};
 use crate::error::Problem;
 use crate::progress::Phase;
-use crate::session::Adapter;
+use crate::session::{Adapter, Packing};
 
 /// The settings of a run's fresh adapter: shared random bases follow from the run's seed, and LoRA-SB's first step from the
 /// learning rate where none is given.
@@ -71,6 +73,36 @@ pub fn starts_from_base(method: &MethodConfig) -> bool {
             false
         }
     }
+}
+
+/// What [`fresh`] will make of a linear layer over this run's quantised base, where the adapter is a repair that is measured block
+/// by block; none for other methods.
+///
+/// # Errors
+/// A pattern that is no regular expression.
+pub fn repair(
+    config: &RunConfig,
+    settings: &hf::AdapterConfig,
+) -> Result<Option<impl Fn(&str, &Projection, &Measured) -> Result<Projection, Problem>>, Problem> {
+    let is_sequential = config.calibration.as_ref().and_then(|table| table.sequential).unwrap_or(true);
+    let Some(quantization) = &config.quantization else { return Ok(None) };
+    if !matches!(settings.method, MethodConfig::Eora { .. }) || !is_sequential {
+        return Ok(None);
+    }
+    let (packing, settings, seed) = (Packing::frozen(quantization)?, settings.clone(), config.seed);
+    Ok(Some(move |module: &str, projection: &Projection, measured: &Measured| {
+        let Some(form) = packing.of(module) else { return Ok(projection.clone()) };
+        let full = projection.weight.values();
+        let weight = PackedBase::frozen(form.pack_tensor(full.clone()), form, projection.weight.dtype());
+        let mut repaired = Projection { weight: Base::Packed(weight), ..projection.clone() };
+        if measured.contains_key(module) {
+            let mut fresh =
+                Fresh { seed, statistics: measured, original: &mut |_| Ok(full.clone()), progress: &mut |_, _, _| {} };
+            start::attach(&settings, module, &mut repaired, &mut fresh, &Shared::Nothing)
+                .map_err(|error| does_not_fit(&settings, error))?;
+        }
+        Ok(repaired)
+    }))
 }
 
 /// Attaches a fresh adapter. `folder` holds the checkpoint of the base model.

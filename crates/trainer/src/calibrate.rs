@@ -4,6 +4,8 @@
 //! the gradient of its weight. [`measure`] runs forward and backward as a training step does ([`crate::step`]), with an optimiser
 //! that looks at every target's x and dy and never steps ([`Moments`]); [`measure_cached`] keeps the result on disk.
 //!
+//! A repair (EoRA) is measured block by block behind repaired blocks instead, where the plan has one ([`Repair`]).
+//!
 //! A batch's loss is the mean over its counted tokens, divided by its number of samples, as LoRA-SB's code has it; only the sign
 //! of the summed gradient matters there. Layers that read the same input (q, k and v; gate and up) share one second moment.
 //!
@@ -29,10 +31,12 @@ use crate::progress::Phase;
 use crate::step::{Accumulated, Pass, StepOptions};
 
 mod cache;
+mod in_order;
 #[cfg(test)]
 mod tests;
 
 pub use cache::{Identity, hash_model, measure_cached};
+pub use in_order::Repair;
 
 /// What was measured, by module.
 pub type Measured = BTreeMap<String, Statistics>;
@@ -47,6 +51,8 @@ pub struct Plan<'a, B> {
     pub sequences: &'a dyn Fn(&B) -> (usize, Vec<Range<usize>>),
     /// How the passes are made.
     pub options: StepOptions,
+    /// What takes the place of a layer once its block was measured, where the blocks are measured one after the other.
+    pub repair: Option<Repair<'a>>,
     /// How progress is shown.
     pub style: ProgressStyle,
 }
@@ -154,6 +160,11 @@ fn measure_own<M: Network>(
     plan: &Plan<'_, M::Batch>,
     wanted: &BTreeMap<String, Wanted>,
 ) -> Result<Measured, Problem> {
+    if let Some(repair) = plan.repair {
+        let trained = open_targets(model, wanted)?; // refuses what cannot be measured
+        close_targets(model, &trained);
+        return in_order::measure(model, plan, wanted, repair);
+    }
     let sequences = Sequences::default();
     let moments: BTreeMap<&str, Moments> =
         wanted.iter().map(|(module, wanted)| (module.as_str(), Moments::new(*wanted, &sequences))).collect();

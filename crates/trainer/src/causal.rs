@@ -5,10 +5,12 @@ use std::path::Path;
 
 use lowrank_core::calibration::Wanted;
 use lowrank_models::adapters::{self, AdapterError};
+use lowrank_models::hf;
 use lowrank_models::{Batch, Decoder, Network as _, save};
 use sha2::{Digest, Sha256};
 
-use crate::calibrate::{self, Identity, Measured, Plan};
+use crate::attach;
+use crate::calibrate::{self, Identity, Measured, Plan, Repair};
 use crate::config::{Init, RunConfig};
 use crate::data::store::hexadecimal;
 use crate::data::{self, DataConfig, DataError, Evaluation, Loader, LoaderConfig, LoaderState, Prepared, ValSetSize};
@@ -137,6 +139,7 @@ impl TrainingTask for Session {
 pub fn calibrate(
     session: &mut Session,
     config: &RunConfig,
+    settings: &hf::AdapterConfig,
     wanted: &BTreeMap<String, Wanted>,
 ) -> Result<Measured, Problem> {
     let table = &config.calibration.clone().unwrap_or_default();
@@ -155,21 +158,29 @@ pub fn calibrate(
         head_chunk_tokens: config.training.head_chunk_tokens.unwrap_or(session.decoder.default_head_chunk()),
         seed: config.seed,
     };
+    let repair = attach::repair(config, settings)?;
     let plan = Plan {
         wanted,
         batches: &batches,
         sequences: &calibrate::decoder_sequences,
         options,
+        repair: repair.as_ref().map(|repair| repair as Repair<'_>),
         style: config.logging.progress,
     };
     let base = match config.init {
         Init::Pretrained => calibrate::hash_model(&session.folder)?,
         Init::Random => vec![("random weights".to_owned(), format!("{:?} {}", session.decoder.config, config.seed))],
     };
+    // What is measured behind a repair depends on the repair.
+    let behind = match &repair {
+        Some(_) => format!(", {:?}, {:?}, {}", config.quantization, settings, config.seed),
+        None => String::new(),
+    };
+    let (checkpointing, device) = (plan.options.checkpointing, &session.device.description);
     let identity = Identity {
         base,
         samples: sample_hash(&batches),
-        settings: format!("{:?}, {:?}, {}", config.dtype, plan.options.checkpointing, session.device.description),
+        settings: format!("{:?}, {checkpointing:?}, {device}{behind}", config.dtype),
     };
     let folder = table.cache.then(calibrate::default_cache_folder).flatten();
     calibrate::measure_cached(&mut session.decoder, &plan, &identity, folder.as_deref())

@@ -150,6 +150,7 @@ impl ClassifierSession {
         let examples: Vec<usize> = (0..self.data.train.len().min(table.samples)).collect();
         let chunks = examples.chunks(table.batch_size.max(1));
         let batches = chunks.map(|chunk| self.data.train.batch(chunk, &loading, None)).collect::<Result<Vec<_>, _>>();
+        let repair = attach::repair(config, settings)?;
         let plan = Plan {
             wanted: &wanted,
             batches: &batches.map_err(data_problem)?,
@@ -159,6 +160,7 @@ impl ClassifierSession {
                 head_chunk_tokens: self.model.default_head_chunk(),
                 seed: config.seed,
             },
+            repair: repair.as_ref().map(|repair| repair as calibrate::Repair<'_>),
             style: config.logging.progress,
         };
         calibrate::measure(&mut self.model, &plan)

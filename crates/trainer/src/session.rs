@@ -47,19 +47,19 @@ pub struct Session {
 
 /// Which linear layers are made as codes, and how.
 #[derive(Clone, Debug, Default)]
-struct Packing {
+pub(crate) struct Packing {
     layers: Option<(hf::AdapterConfig, Quantisation)>,
     /// The table that says so, where the codes are frozen.
     frozen_as: Option<&'static str>,
 }
 
 impl Packing {
-    fn frozen(quantization: &QuantizationConfig) -> Result<Self, Problem> {
+    pub(crate) fn frozen(quantization: &QuantizationConfig) -> Result<Self, Problem> {
         let layers = Some((quantized_modules(quantization)?, quantisation(quantization)));
         Ok(Self { layers, frozen_as: Some(quantization.key()) })
     }
 
-    fn of(&self, module: &str) -> Option<Quantisation> {
+    pub(crate) fn of(&self, module: &str) -> Option<Quantisation> {
         self.layers.as_ref().filter(|(targets, _)| targets.targets(module)).map(|(_, form)| *form)
     }
 }
@@ -177,7 +177,7 @@ impl Session {
         if wanted.is_empty() {
             return Ok((session, Measured::new()));
         }
-        let measured = causal::calibrate(&mut session, config, &wanted)?;
+        let measured = causal::calibrate(&mut session, config, settings, &wanted)?;
         if config.quantization.is_some() {
             drop(session);
             session = Self::base(config, true)?;

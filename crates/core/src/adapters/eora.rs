@@ -17,8 +17,8 @@
 //! d_in). `Sig V^T S^-1 = E^T D^T` needs no inverse: `B = diag(sqrt(Sig)) E^T`, `A = D E diag(1 / sqrt(Sig))`, with Sig bounded
 //! from below by 1e-7 of the largest (the product does not depend on it) and both factors zero where D is. C is divided by the
 //! mean of its diagonal, so that the balance of the factors does not depend on the number of tokens. C is a plain sum over the
-//! samples; the reference's running mean gives early samples less weight. All layers are measured in one pass, not one after the
-//! other on what the repaired ones before make of the samples.
+//! samples; the reference's running mean gives early samples less weight. As in the reference, the trainer measures block by block,
+//! each on what the repaired blocks before it make of the samples.
 
 use burn::tensor::Tensor;
 use lowrank_kernels as kernels;

@@ -170,8 +170,11 @@ pub(super) fn check_rank(config: &AdapterConfig, module: &str, sizes: Sizes) -> 
     }
 }
 
-/// Puts a fresh adapter on a layer.
-pub(super) fn attach(
+/// Puts a fresh adapter on one layer, as [`super::attach`] does on all that the configuration names.
+///
+/// # Errors
+/// A method that cannot start on the layer; a file of the original weight that cannot be read.
+pub fn attach(
     config: &AdapterConfig,
     module: &str,
     projection: &mut Projection,

@@ -183,6 +183,6 @@ fn measured<M: Subject>(
     let batches = (0..samples).map(|sample| M::batch(&stored, sample, 1)).collect::<Result<Vec<_>, _>>()?;
     let sequences = model.sequences();
     let style = ProgressStyle::None;
-    let plan = Plan { wanted: &wanted, batches: &batches, sequences: sequences.as_ref(), options, style };
+    let plan = Plan { wanted: &wanted, batches: &batches, sequences: sequences.as_ref(), options, repair: None, style };
     calibrate::measure(model, &plan).map_err(failed)
 }

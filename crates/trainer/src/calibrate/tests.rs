@@ -4,12 +4,14 @@
 use std::path::PathBuf;
 
 use burn::tensor::{Device, FloatDType, Tensor, TensorData};
-use lowrank_core::Delta;
 use lowrank_core::adapters::Site;
 use lowrank_core::adapters::corda::{Corda, CordaMethod};
+use lowrank_core::adapters::eora::Eora;
 use lowrank_core::adapters::lora_sb::LoraSb;
 use lowrank_core::linalg;
+use lowrank_core::quant::Quantisation;
 use lowrank_core::random::Stream;
+use lowrank_core::{Delta, Projection};
 use lowrank_models::hf::Tokenizer;
 use lowrank_models::{Decoder, load, parameters};
 
@@ -80,7 +82,7 @@ fn wanted(modules: impl IntoIterator<Item = String>, wanted: Wanted) -> BTreeMap
 }
 
 fn plan<'a>(wanted: &'a BTreeMap<String, Wanted>, batches: &'a [Batch]) -> Plan<'a, Batch> {
-    Plan { wanted, batches, sequences: &decoder_sequences, options: OPTIONS, style: ProgressStyle::None }
+    Plan { wanted, batches, sequences: &decoder_sequences, options: OPTIONS, repair: None, style: ProgressStyle::None }
 }
 
 fn site<'a>(module: &'a str, weight: &Tensor<2>, found: &'a Statistics) -> Site<'a> {
@@ -322,4 +324,54 @@ fn what_cannot_be_measured_is_named() {
         }
     });
     assert!(problem(&mut model, &[known]).hint.unwrap().contains("before an adapter"));
+}
+
+/// What NF4 leaves of a layer, with EoRA's repair.
+fn eora(module: &str, projection: &Projection, measured: &Measured) -> Result<Projection, Problem> {
+    let full = projection.weight.values();
+    let weight = Base::dense(Quantisation::NF4.pack_tensor(full.clone()).dense(FloatDType::F32));
+    let residual = Some(full.clone() - weight.values());
+    let site = Site { residual, ..site(module, &full, &measured[module]) };
+    let mut repaired = Projection { weight, ..projection.clone() };
+    repaired.attach(Delta::LowRank(Eora { r: 4, dropout: 0.0, trained: true }.init(&site).unwrap()));
+    Ok(repaired)
+}
+
+/// Inputs of a block are those that the repaired blocks before it make, with its own weights inside.
+#[test]
+fn a_repair_is_measured_behind_the_repaired_blocks() {
+    let base = model("tiny-llama");
+    let names = weights(&mut base.clone()).into_keys();
+    let wanted = wanted(names, Wanted { covariance: Some(Covariance::Sum), gradient: false });
+    let batches = batches(&[(5..25).collect(), (50..70).collect(), (30..50).collect()], 2);
+    let one_pass = plan(&wanted, &batches);
+    let at_once = measure(&mut base.clone(), &one_pass).unwrap();
+    let nothing: Repair<'_> = &|_, projection, _| Ok(projection.clone());
+    let unrepaired = measure(&mut base.clone(), &Plan { repair: Some(nothing), ..plan(&wanted, &batches) }).unwrap();
+    let mut model = base.clone();
+    let in_order = measure(&mut model, &Plan { repair: Some(&eora), ..plan(&wanted, &batches) }).unwrap();
+    assert!(in_order.keys().eq(at_once.keys()) && unrepaired.keys().eq(at_once.keys()));
+    assert!(parameters::trained(&model).is_empty(), "the model is as it was");
+
+    // The same by hand: repair the blocks below, and measure everything in one pass.
+    let mut by_hand = base.clone();
+    let (mut measured, mut apart) = (at_once.clone(), 0.0f64);
+    for block in 0..base.blocks().len() {
+        let inside = format!("model.layers.{block}.");
+        for module in wanted.keys().filter(|module| module.starts_with(&inside)) {
+            let covariance = |found: &Measured| found[module].covariance.clone().unwrap();
+            assert_near(module, &covariance(&in_order), &covariance(&measured), 1e-5);
+            assert_near(module, &covariance(&unrepaired), &covariance(&at_once), 1e-5);
+            assert_eq!(in_order[module].samples, 3);
+            apart = apart.max(norm(&(covariance(&in_order) - covariance(&at_once))) / norm(&covariance(&at_once)));
+        }
+        by_hand.for_each_projection(&mut |module, projection| {
+            if module.starts_with(&inside) {
+                *projection = eora(module, projection, &measured).unwrap();
+                projection.merge();
+            }
+        });
+        measured = measure(&mut by_hand, &one_pass).unwrap();
+    }
+    assert!(apart > 1e-3, "{apart:.1e}: the repairs change too little to tell");
 }

@@ -158,4 +158,9 @@ fn check_combination(config: &RunConfig, found: &mut Findings) {
         };
         format!("[calibration] is set, but {has}: only corda, eora and lora_sb start from measured data")
     });
+    let repairs = matches!(config.adapter, Some(AdapterConfig::Eora(_)));
+    let is_sequential = config.calibration.as_ref().and_then(|table| table.sequential);
+    found.require(repairs || is_sequential != Some(true), || {
+        "calibration.sequential is true, but only [adapter.eora] repairs layers that others could be measured behind".to_owned()
+    });
 }

@@ -233,6 +233,14 @@ pub(crate) const ROWS: &[Row] = &[
         &["[calibration] is set, but [adapter.lora] does not: only corda, eora and lora_sb start from measured data"],
         |place| place.config("[data]", "[calibration]\nsamples = 8\n\n[data]"),
     ),
+    train(
+        "a repair's calibration without a repair",
+        2,
+        &[
+            "calibration.sequential is true, but only [adapter.eora] repairs layers that others could be measured behind",
+        ],
+        |place| adapter(place, "[adapter.corda]\nr = 4\n\n[calibration]\nsequential = true\n"),
+    ),
     train("calibration without samples", 2, &["calibration.samples is 0, must be at least 1"], |place| {
         adapter(place, "[adapter.corda]\nr = 4\n\n[calibration]\nsamples = 0\n");
     }),
