@@ -20,6 +20,8 @@
 //! | [`adamw`] | optimiser step | memory | yes | in place |
 //! | [`adam8()`] | optimiser step with moments in 8 bits | memory | yes | in place |
 //! | [`stochastic_round`] | f32 to 16 bits, mean kept | memory | yes | one pass |
+//! | [`pack_groups`] | values to int8 or int4 in groups | memory | yes | one pass |
+//! | [`top_columns`] | indices of the largest scores | launches | yes | sorts |
 //! | [`sum_squares`] | for gradient norms | memory | yes | one pass |
 //!
 //! Every operation is a method of [`LowRankOps`] with a default body in plain tensor operations (the reference, which GPUs run
@@ -42,6 +44,7 @@ mod column_scale;
 mod cross_entropy;
 mod gated;
 mod gemm;
+pub mod groups;
 pub mod launches;
 mod linear;
 mod lowrank_linear;
@@ -55,6 +58,7 @@ mod rotary;
 mod route;
 mod scaled_basis;
 mod stochastic_round;
+mod top_columns;
 mod weight;
 
 pub use api::*;
