@@ -15,7 +15,7 @@ use burn::backend::{Backend, TensorMetadata, tensor::FloatTensor, tensor::IntTen
 use burn::tensor::{DType, Device, Int, Shape, Slice, Tensor, TensorData};
 
 use crate::map8::{Map, largest_magnitude};
-use crate::packed::reference::{spread, unpack};
+use crate::packed::reference::{pack, padded, spread, unpack};
 use crate::plain::Plain;
 
 /// The numbers of one step.
@@ -256,11 +256,11 @@ pub(crate) fn reference<B: Backend>(
     };
     let m = moment(0) * b1 + g.clone() * c1;
     let v = moment(1) * b2 + g.clone() * c2 * g;
-    let keep = flag::<B>(B::float_lower_equal_elem(v.clone().abs().0, f32::MAX.into(), bools::<B>(&v)), &v);
+    let keep = v.flag(B::float_lower_equal_elem(v.clone().abs().0, f32::MAX.into(), v.bools()));
     let update = Plain::<B>(B::float_div(m.clone().0, (v.clone().sqrt() + eps).0)) * step_size;
     let updated = p.clone() * decay - update;
-    let p = only(updated, &keep) + p * (keep.clone() * -1.0 + 1.0);
-    let (m, v) = (only(m, &keep), only(v, &keep));
+    let p = updated.only(&keep) + p * (keep.clone() * -1.0 + 1.0);
+    let (m, v) = (m.only(&keep), v.only(&keep));
     let (first, first_scale) = encoded(m, row(&maps, 1, 256), Map::signed().zero(), block);
     let (second, second_scale) = encoded(v, row(&maps, 3, 256), Map::unsigned().zero(), block);
     let codes = B::int_cat(vec![first, second], 0);
@@ -268,53 +268,26 @@ pub(crate) fn reference<B: Backend>(
     (p.reshape(&dims).cast(dtype).0, codes, absmax)
 }
 
-fn bools<B: Backend>(like: &Plain<B>) -> burn::tensor::BoolDType {
-    burn::backend::get_device_settings::<B>(&like.0.device()).bool_dtype
-}
-
-/// 1 where true.
-fn flag<B: Backend>(mask: burn::backend::tensor::BoolTensor<B>, like: &Plain<B>) -> Plain<B> {
-    Plain(B::bool_into_float(mask, like.dtype()))
-}
-
-/// The values where the flag is 1, 0 elsewhere, whatever is there.
-fn only<B: Backend>(values: Plain<B>, keep: &Plain<B>) -> Plain<B> {
-    let drop = B::float_equal_elem(keep.0.clone(), 0f32.into(), bools::<B>(keep));
-    Plain(B::float_mask_fill(values.0, drop, 0f32.into()))
-}
-
 /// Words `[1, words]` and scales `[1, blocks]` of values.
 fn encoded<B: Backend>(values: Plain<B>, bounds: Plain<B>, zero: u8, block: usize) -> (IntTensor<B>, Plain<B>) {
     let (len, zero) = (values.dims()[0], f32::from(zero));
-    let (blocks, words) = (len.div_ceil(block), len.div_ceil(4));
-    let padded = |values: Plain<B>, to: usize, with: f32| match to - len {
-        0 => values,
-        more => {
-            let device = values.0.device();
-            let rest = B::float_full(Shape::new([more]), with.into(), &device, values.dtype());
-            Plain::<B>(B::float_cat(vec![values.0, rest], 0))
-        }
-    };
+    let blocks = len.div_ceil(block);
     let scale =
         padded(values.clone(), blocks * block, 0.0).reshape(&[blocks, block]).abs().max_dim(1).reshape(&[blocks]);
     let quotient = Plain::<B>(B::float_div(values.0, spread(scale.clone(), block, len).0));
-    let nan = B::float_not_equal(quotient.0.clone(), quotient.0.clone(), bools::<B>(&quotient)); // 0 / 0
-    let quotient = Plain::<B>(B::float_mask_fill(quotient.0, nan, 0f32.into()));
+    let is_number = quotient.equal(&quotient); // 0 / 0 is none
+    let quotient = quotient.only(&is_number);
     // How many bounds are below, by halving.
     let mut code = quotient.clone() * 0.0;
     for half in [128.0f32, 64.0, 32.0, 16.0, 8.0, 4.0, 2.0, 1.0] {
         let at = B::float_into_int((code.clone() + (half - 1.0)).0, burn::tensor::IntDType::I32);
-        let bound = B::float_select(bounds.0.clone(), 0, at);
-        let above = B::float_greater(quotient.0.clone(), bound, bools::<B>(&quotient));
-        code = code + flag::<B>(above, &quotient) * half;
+        let bound = Plain::<B>(B::float_select(bounds.0.clone(), 0, at));
+        code = code + quotient.greater(&bound) * half;
     }
-    let negative = flag::<B>(B::float_lower_elem(quotient.0.clone(), 0f32.into(), bools::<B>(&quotient)), &quotient);
-    let is_zero = flag::<B>(B::float_equal_elem(code.0.clone(), zero.into(), bools::<B>(&code)), &code);
-    let code = padded(code - negative * is_zero, words * 4, zero).reshape(&[words, 4]);
-    let code = B::float_into_int(code.0, burn::tensor::IntDType::I32);
-    let shifts = B::int_from_data(TensorData::new(vec![0i32, 8, 16, 24], [1, 4]), &scale.0.device());
-    let shifted = B::bitwise_left_shift(code, B::int_expand(shifts, Shape::new([words, 4])));
-    (B::int_reshape(B::int_sum_dim(shifted, 1), Shape::new([1, words])), scale.reshape(&[1, blocks]))
+    let negative = quotient.flag(B::float_lower_elem(quotient.0.clone(), 0f32.into(), quotient.bools()));
+    let is_zero = code.flag(B::float_equal_elem(code.0.clone(), zero.into(), code.bools()));
+    let words = pack(code - negative * is_zero, 8, zero);
+    (B::int_reshape(words, Shape::new([1, len.div_ceil(4)])), scale.reshape(&[1, blocks]))
 }
 
 /// Blocks that a thread takes at a time.

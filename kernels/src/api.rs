@@ -7,6 +7,8 @@ use crate::adam8::{Adam8, Moments8};
 pub use crate::adamw::AdamW;
 pub use crate::attention::{AttentionHints, AttentionRoute, KnownKeys};
 pub use crate::gated::Activation;
+pub use crate::groups::Rounding;
+use crate::packed::{Format, Layout, Order, Scales};
 use crate::{LowRankOps, Maybe, Packed, Weight};
 
 /// `y = x w + bias`. Gradients for `x`, and for `w` and `bias` only where they are trained.
@@ -358,6 +360,41 @@ pub fn adam8(parameter: Tensor<2>, gradient: Tensor<2>, moments: Moments8, rule:
 /// `x` in another float type, rounded up or down at random so that the mean is kept.
 pub fn stochastic_round(x: Tensor<2>, dtype: FloatDType, seed: u64) -> Tensor<2> {
     Tensor::from_dispatch(Dispatch::stochastic_round(x.into_dispatch(), dtype, seed))
+}
+
+/// A `[d_in, d_out]` weight as codes in groups, rounded on the device that it lies on; see [`crate::groups`].
+///
+/// # Panics
+/// Where the layout is that of other sizes or of a format without groups, or its groups are no multiple of 8.
+pub fn pack_groups(weight: Tensor<2>, layout: Layout, rounding: Rounding) -> Packed {
+    let is_affine = matches!(layout.format, Format::Int8 | Format::Int4) && layout.nested.is_none();
+    assert!(is_affine, "{layout:?} has no groups with a zero point");
+    assert!(layout.block > 0 && layout.block.is_multiple_of(8), "groups of {} values", layout.block);
+    assert_eq!(weight.dims(), layout.dims, "shape of the weight");
+    let values = match layout.order {
+        Order::Outputs => weight.transpose(),
+        Order::Inputs => weight,
+    };
+    let values = values.cast(FloatDType::F32).into_dispatch();
+    let (codes, scale, zero) = Dispatch::pack_groups(values, layout, rounding);
+    let scales = Scales::Affine { scale: Tensor::from_dispatch(scale), zero: Tensor::from_dispatch(zero) };
+    Packed::new(layout, Tensor::from_dispatch(codes), scales)
+}
+
+/// The indices of the `count` largest scores, in ascending order, as i32. Equal scores go to the lower index, and what is not a
+/// number comes last.
+///
+/// ```
+/// use burn::tensor::{Device, Tensor};
+/// let scores = Tensor::<1>::from_floats([0.5, 2.0, 3.0, 2.0], &Device::flex());
+/// let best = lowrank_kernels::top_columns(scores, 2);
+/// assert_eq!(best.into_data().try_to_vec::<i32>().unwrap(), vec![1, 2]);
+/// ```
+///
+/// # Panics
+/// Where there are fewer scores.
+pub fn top_columns<const D: usize>(scores: Tensor<D>, count: usize) -> Tensor<1, Int> {
+    Tensor::from_dispatch(Dispatch::top_columns(scores.cast(FloatDType::F32).into_dispatch(), count))
 }
 
 /// The sum of the squares of all values, `[1]`.

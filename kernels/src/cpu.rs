@@ -137,6 +137,12 @@ pub(crate) fn from_vec(values: Vec<f32>, dims: &[usize]) -> FlexTensor {
     FlexTensor::new(Bytes::from_elems(values), Layout::contiguous(Shape::from(dims.to_vec())), DType::F32)
 }
 
+/// A vector of words.
+pub(crate) fn from_words(words: Vec<i32>) -> FlexTensor {
+    let layout = Layout::contiguous(Shape::new([words.len()]));
+    FlexTensor::new(Bytes::from_elems(words), layout, DType::I32)
+}
+
 /// A new tensor whose memory `fill` writes completely; nothing is zeroed before.
 pub(crate) fn output(dims: &[usize], fill: impl FnOnce(*mut f32)) -> FlexTensor {
     let len = dims.iter().product();

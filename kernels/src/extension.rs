@@ -10,10 +10,11 @@ use burn::tensor::FloatDType;
 
 use crate::attention::AttentionHints;
 use crate::gated::Activation;
-use crate::packed::{Operand, PackedParts};
+use crate::groups::Rounding;
+use crate::packed::{Layout, Operand, PackedParts};
 use crate::{
-    adam8, adamw, attention, block_rotation, column_scale, cross_entropy, gated, gemm, linear, lowrank_linear, packed,
-    projected_linear, reduce, rms_norm, rotary, scaled_basis, stochastic_round,
+    adam8, adamw, attention, block_rotation, column_scale, cross_entropy, gated, gemm, groups, linear, lowrank_linear,
+    packed, projected_linear, reduce, rms_norm, rotary, scaled_basis, stochastic_round, top_columns,
 };
 
 /// An optional float tensor in the signature of an operation.
@@ -67,6 +68,17 @@ mod spec {
 
     pub fn panel(layout: Layout, rows: usize, dtype: FloatDType) -> TensorSpec {
         TensorSpec::new(Shape::new([rows, layout.stored()[1]]), dtype.into())
+    }
+
+    /// Words of codes, scales, words of zero points.
+    pub fn groups(layout: Layout) -> (TensorSpec, TensorSpec, TensorSpec) {
+        let vector = |len: usize, dtype| TensorSpec::new(Shape::new([len]), dtype);
+        let (words, blocks) = (layout.words(), layout.blocks());
+        (vector(words, DType::I32), vector(blocks, DType::F32), vector(blocks.div_ceil(4), DType::I32))
+    }
+
+    pub fn indices(count: usize) -> TensorSpec {
+        TensorSpec::new(Shape::new([count]), DType::I32)
     }
 
     /// One f32 number for each row of `x`.
@@ -419,6 +431,22 @@ pub trait LowRankOps: Backend {
         stochastic_round::reference::<Self>(x, dtype, seed)
     }
 
+    /// See [`crate::pack_groups`]; the values are in the order in which they are flattened.
+    #[fusion(meta = |_values, layout, _rounding| spec::groups(*layout))]
+    fn pack_groups(
+        values: FloatTensor<Self>,
+        layout: Layout,
+        rounding: Rounding,
+    ) -> (IntTensor<Self>, FloatTensor<Self>, IntTensor<Self>) {
+        groups::reference::<Self>(values, layout, rounding)
+    }
+
+    /// See [`crate::top_columns`].
+    #[fusion(meta = |_scores, count| spec::indices(*count))]
+    fn top_columns(scores: FloatTensor<Self>, count: usize) -> IntTensor<Self> {
+        top_columns::reference::<Self>(scores, count)
+    }
+
     /// See [`crate::sum_squares`].
     #[fusion(meta = |_x| spec::number())]
     fn sum_squares(x: FloatTensor<Self>) -> FloatTensor<Self> {
@@ -523,6 +551,12 @@ mod flex {
         }
         fn stochastic_round(x: T, dtype: FloatDType, seed: u64) -> T {
             stochastic_round::cpu(x, dtype, seed)
+        }
+        fn pack_groups(values: T, layout: Layout, rounding: Rounding) -> (IntTensor<Self>, T, IntTensor<Self>) {
+            groups::cpu(values, layout, rounding)
+        }
+        fn top_columns(scores: T, count: usize) -> IntTensor<Self> {
+            top_columns::cpu(scores, count)
         }
         fn sum_squares(x: T) -> T {
             reduce::cpu(x)
@@ -708,6 +742,17 @@ mod autodiff {
         }
         fn stochastic_round(x: FloatTensor<Self>, dtype: FloatDType, seed: u64) -> FloatTensor<Self> {
             Self::from_inner(B::stochastic_round(x.into_primitive(), dtype, seed))
+        }
+        fn pack_groups(
+            values: FloatTensor<Self>,
+            layout: Layout,
+            rounding: Rounding,
+        ) -> (IntTensor<Self>, FloatTensor<Self>, IntTensor<Self>) {
+            let (codes, scale, zero) = B::pack_groups(values.into_primitive(), layout, rounding);
+            (codes, Self::from_inner(scale), zero)
+        }
+        fn top_columns(scores: FloatTensor<Self>, count: usize) -> IntTensor<Self> {
+            B::top_columns(scores.into_primitive(), count)
         }
         fn seed_gradient(out: FloatTensor<Self>, gradient: FloatTensor<Self>) -> FloatTensor<Self> {
             linear::seed_autodiff::<B, C>(out, gradient)

@@ -20,6 +20,8 @@
 //! | [`adamw`] | optimiser step | memory | in place | own, in place |
 //! | [`adam8()`] | optimiser step with moments in 8 bits | memory | in place | own, in place |
 //! | [`stochastic_round`] | f32 to 16 bits, mean kept | memory | one pass | own |
+//! | [`pack_groups`] | values to int8 or int4 in groups | memory | one pass | own |
+//! | [`top_columns`] | indices of the largest scores | launches | sorts | own |
 //! | [`sum_squares`] | for gradient norms | memory | one pass | own |
 //!
 //! Every operation is a method of [`LowRankOps`] with a default body in plain tensor operations (the reference) and a hand-written
@@ -43,6 +45,7 @@ mod column_scale;
 mod cross_entropy;
 mod gated;
 mod gemm;
+pub mod groups;
 pub mod launches;
 mod linear;
 mod lowrank_linear;
@@ -56,6 +59,7 @@ mod rotary;
 mod route;
 mod scaled_basis;
 mod stochastic_round;
+mod top_columns;
 mod weight;
 
 pub use api::*;

@@ -4,8 +4,9 @@
 
 use std::ops::{Add, Mul, Sub};
 
-use burn::backend::{Backend, TensorMetadata, tensor::FloatTensor, tensor::IntTensor};
-use burn::tensor::{FloatDType, Shape, Slice};
+use burn::backend::tensor::{BoolTensor, FloatTensor, IntTensor};
+use burn::backend::{Backend, TensorMetadata};
+use burn::tensor::{BoolDType, FloatDType, Shape, Slice};
 
 /// A float tensor primitive with operators.
 pub(crate) struct Plain<B: Backend>(pub FloatTensor<B>);
@@ -124,6 +125,27 @@ impl<B: Backend> Plain<B> {
     }
     pub fn clamp(self, min: f32, max: f32) -> Self {
         Self(B::float_clamp(self.0, min.into(), max.into()))
+    }
+    /// The type of a comparison's result.
+    pub fn bools(&self) -> BoolDType {
+        burn::backend::get_device_settings::<B>(&self.0.device()).bool_dtype
+    }
+    /// 1 where the mask is true, 0 elsewhere, in the type of these values.
+    pub fn flag(&self, mask: BoolTensor<B>) -> Self {
+        Self(B::bool_into_float(mask, self.dtype()))
+    }
+    /// 1 where it is greater, 0 elsewhere.
+    pub fn greater(&self, other: &Self) -> Self {
+        self.flag(B::float_greater(self.0.clone(), other.0.clone(), self.bools()))
+    }
+    /// 1 where both are equal, 0 elsewhere.
+    pub fn equal(&self, other: &Self) -> Self {
+        self.flag(B::float_equal(self.0.clone(), other.0.clone(), self.bools()))
+    }
+    /// The values where the flag is 1, 0 elsewhere, whatever is there.
+    pub fn only(self, keep: &Self) -> Self {
+        let drop = B::float_equal_elem(keep.0.clone(), 0f32.into(), keep.bools());
+        Self(B::float_mask_fill(self.0, drop, 0f32.into()))
     }
     /// `0, 1, .. n-1` as f32 on the same device.
     pub fn arange_like(&self, n: usize) -> Self {

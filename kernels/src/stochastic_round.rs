@@ -97,12 +97,19 @@ fn to_f16(x: f32, noise: u32) -> f32 {
     kept.copysign(x)
 }
 
-/// 16 random bits of a counter under a seed (the finaliser of SplitMix64).
+/// 16 random bits of a counter under a seed.
 #[cfg(feature = "flex")]
 #[inline(always)]
 fn random16(seed: u64, index: u64) -> u32 {
-    let mut z = seed.wrapping_add((index + 1).wrapping_mul(INCREMENT));
+    random_high(seed, index) >> 16
+}
+
+/// Random bits of a counter under a seed: the high word of SplitMix64 before its last shift, which changes the lowest bit
+/// of that word alone.
+#[inline(always)]
+pub(crate) fn random_high(seed: u64, index: u64) -> u32 {
+    let mut z = seed.wrapping_add(index.wrapping_add(1).wrapping_mul(INCREMENT));
     z = (z ^ (z >> 30)).wrapping_mul(MIXERS[0]);
     z = (z ^ (z >> 27)).wrapping_mul(MIXERS[1]);
-    (z >> 48) as u32
+    (z >> 32) as u32
 }

@@ -451,6 +451,43 @@ fn stochastic_round(device: &Device) -> Vec<Vec<f32>> {
     vec![run(&edges, [31, 10], 7), run(&edges, [31, 10], 0xffff_ffff_ffff_fff0), run(&edges[1..], [1, 309], 7)]
 }
 
+/// Both widths and both orders, to the nearest and at random; one group and a part of one, groups of several passes, fours that are
+/// not full. Codes, scales, zero points; where a device divides inexactly, a code may be another one than the CPU's.
+fn pack_groups(device: &Device) -> Vec<Vec<f32>> {
+    let bytes = |words: &Tensor<1, Int>| {
+        let words = words.clone().into_data().try_to_vec::<i32>().unwrap();
+        words.into_iter().flat_map(|word| word.to_le_bytes()).map(f32::from).collect::<Vec<_>>()
+    };
+    let cases = [
+        (Format::Int8, 256, Order::Inputs, [3, 87]),
+        (Format::Int8, 1024, Order::Inputs, [64, 68]),
+        (Format::Int4, 64, Order::Outputs, [10, 60]),
+        (Format::Int4, 32, Order::Inputs, [1, 33]),
+    ];
+    let run = |(format, block, order, dims): (Format, usize, Order, [usize; 2]), rounding| {
+        let layout = Layout { format, block, dims, order, nested: None };
+        let packed = kernels::pack_groups(constant(1, dims, device) + 0.3, layout, rounding);
+        let Scales::Affine { scale, zero } = packed.scales() else { panic!("groups have a scale and a zero") };
+        [bytes(packed.codes()), values(scale.clone()), bytes(zero)]
+    };
+    let roundings = [kernels::Rounding::Nearest, kernels::Rounding::Stochastic { seed: 0xffff_ffff_ffff_ff00 }];
+    roundings.into_iter().flat_map(|rounding| cases.into_iter().flat_map(move |case| run(case, rounding))).collect()
+}
+
+/// Many equal scores, none at all, one, several tiles, what is not finite.
+fn top_columns(device: &Device) -> Vec<Vec<f32>> {
+    let run = |values: Vec<f32>, count: usize| {
+        let scores = Tensor::<2>::from_data(TensorData::new(values.clone(), [1, values.len()]), device);
+        let indices = kernels::top_columns(scores, count).into_data().try_to_vec::<i32>().unwrap();
+        indices.into_iter().map(|index| index as f32).collect::<Vec<_>>()
+    };
+    let rough = |d: usize| (0..d).map(|i| (number(1, i) * 20.0).round()).collect::<Vec<_>>();
+    let odd = vec![f32::NAN, f32::NEG_INFINITY, 1.0, -0.0, 0.0, f32::INFINITY, -1.0, -f32::NAN];
+    let mut all = vec![run(rough(700), 300), run(rough(31), 31), run(rough(40), 1), run(vec![2.0], 1)];
+    all.extend((1..=8).map(|count| run(odd.clone(), count)));
+    all
+}
+
 #[test]
 fn operations_agree_with_the_cpu() {
     if std::env::var_os("LOWRANK_TEST_DEVICE").is_none() && !has_driver() {
@@ -494,6 +531,8 @@ fn operations_agree_with_the_cpu() {
         ("cross_entropy in f16", cross_entropy_f16, HALF_TOLERANCE),
         ("adamw", adamw, tolerance),
         ("adam8", adam8, tolerance),
+        ("pack_groups", pack_groups, tolerance),
+        ("top_columns", top_columns, 0.0),
         ("sum_squares", sum_squares, tolerance),
         ("stochastic_round", stochastic_round, 0.0),
     ];

@@ -3,10 +3,14 @@
 //! So a parameter starts from the same values on every device, in every order of initialisation, with every thread count.
 
 use burn::tensor::{Device, Tensor, TensorData};
+use lowrank_kernels::Rounding;
 
 /// A stream of random numbers addressed by index.
 #[derive(Clone, Copy, Debug)]
 pub struct Stream(u64);
+
+/// Added to the state for each index.
+const INCREMENT: u64 = 0x9E37_79B9_7F4A_7C15;
 
 /// The finaliser of SplitMix64: a bijection whose outputs pass for random.
 fn mix(mut z: u64) -> u64 {
@@ -26,7 +30,13 @@ impl Stream {
 
     /// 64 random bits at an index.
     pub fn bits(&self, index: u64) -> u64 {
-        mix(self.0.wrapping_add(index.wrapping_mul(0x9E37_79B9_7F4A_7C15)))
+        mix(self.0.wrapping_add(index.wrapping_mul(INCREMENT)))
+    }
+
+    /// Stochastic rounding where value i draws number `first + i`.
+    pub fn rounding(&self, first: u64) -> Rounding {
+        // Value i of a kernel draws from the state that is `i + 1` increments after its seed.
+        Rounding::Stochastic { seed: self.0.wrapping_add(first.wrapping_sub(1).wrapping_mul(INCREMENT)) }
     }
 
     /// Uniform in `[0, 1)` with 53 bits.
@@ -74,5 +84,20 @@ mod tests {
         assert!((unit / n as f64 - 0.5).abs() < 3.7e-3);
         assert_ne!(stream.bits(0), Stream::new(1, "b").bits(0));
         assert_ne!(stream.bits(0), Stream::new(2, "a").bits(0));
+    }
+
+    /// The draws are the top 24 bits of the stream, whatever their number.
+    #[test]
+    fn rounding_draws_from_the_stream() {
+        let stream = Stream::new(3, "rounding");
+        for first in [0, 1 << 40, u64::MAX - 3] {
+            let mut codes = [0; 64];
+            // Halfway between two codes: up where the draw is below a half.
+            lowrank_kernels::groups::encode(&[0.5; 64], 1.0, 0, 255.0, stream.rounding(first), &mut codes);
+            for (i, code) in codes.into_iter().enumerate() {
+                let draw = stream.bits(first.wrapping_add(i as u64)) >> 40;
+                assert_eq!(code, u8::from(draw < 1 << 23), "{first} {i}");
+            }
+        }
     }
 }

@@ -4,13 +4,17 @@ use burn::backend::tensor::{FloatTensor, IntTensor};
 use burn::tensor::FloatDType;
 use burn_cubecl::CubeBackend;
 
-use super::{adam8, adamw, attention, codes, cross_entropy, gated, reduce, rms_norm, rotary, stochastic_round, thin};
+use super::{
+    adam8, adamw, attention, codes, cross_entropy, gated, groups, reduce, rms_norm, rotary, stochastic_round, thin,
+    top_columns,
+};
 use crate::LowRankOps;
 use crate::adam8::Adam8;
 use crate::adamw::AdamW;
 use crate::attention::AttentionHints;
 use crate::gated::Activation;
-use crate::packed::PackedParts;
+use crate::groups::Rounding;
+use crate::packed::{Layout, PackedParts};
 
 type T = FloatTensor<CubeBackend>;
 
@@ -93,6 +97,12 @@ impl LowRankOps for CubeBackend {
             FloatDType::BF16 | FloatDType::F16 => stochastic_round::round(x, dtype, seed),
             _ => crate::stochastic_round::reference::<Self>(x, dtype, seed),
         }
+    }
+    fn pack_groups(values: T, layout: Layout, rounding: Rounding) -> (IntTensor<Self>, T, IntTensor<Self>) {
+        groups::pack(values, layout, rounding)
+    }
+    fn top_columns(scores: T, count: usize) -> IntTensor<Self> {
+        top_columns::largest(scores, count)
     }
     fn sum_squares(x: T) -> T {
         reduce::sum_squares(x)

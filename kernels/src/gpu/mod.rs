@@ -12,6 +12,8 @@
 //! | attention by tiles: forward, two backward | `attention/tiles_*.rs` | one tile of queries or keys |
 //! | rotary embedding, both ways | `rotary.rs` | elementwise |
 //! | stochastic rounding | `stochastic_round.rs` | elementwise |
+//! | values to codes in groups | `groups.rs` | four groups |
+//! | largest of some scores | `top_columns.rs` | 32 of them |
 //! | dequantising a panel | `codes.rs` | elementwise |
 //! | products with one thin side, dense or packed | `thin/` | a tile of the large matrix |
 //!
@@ -27,9 +29,11 @@ mod codegen;
 mod codes;
 mod cross_entropy;
 mod gated;
+mod groups;
 mod launch;
 mod reduce;
 mod rms_norm;
 mod rotary;
 mod stochastic_round;
 mod thin;
+mod top_columns;

@@ -25,9 +25,9 @@ fn fold_down(low: u32, high: u32, #[comptime] shift: u32) -> (u32, u32) {
     (low ^ ((low >> shift) | (high << comptime!(32 - shift))), high ^ (high >> shift))
 }
 
-/// 16 random bits of the value at `index`: SplitMix64 in words of 32 bits.
+/// 32 random bits of the value at `index`: SplitMix64 in words of 32 bits, see `crate::stochastic_round::random_high`.
 #[cube]
-fn random16(seed_low: u32, seed_high: u32, index: u32) -> u32 {
+pub(super) fn random_high(seed_low: u32, seed_high: u32, index: u32) -> u32 {
     let count = index + 1;
     let (low, high) = multiply(count, select(count == 0, 1u32, 0u32), comptime!(INCREMENT));
     let sum = seed_low + low;
@@ -36,7 +36,7 @@ fn random16(seed_low: u32, seed_high: u32, index: u32) -> u32 {
     let (low, high) = multiply(low, high, comptime!(MIXERS[0]));
     let (low, high) = fold_down(low, high, 27u32);
     let (_low, high) = multiply(low, high, comptime!(MIXERS[1]));
-    high >> 16
+    high
 }
 
 #[cube]
@@ -80,7 +80,7 @@ pub(super) fn stochastic_round_kernel<F: Float, N: Size>(
         let mut rounded = Vector::<f32, N>::new(0.0);
         #[unroll]
         for j in 0..N::value() {
-            let noise = random16(seed_low, seed_high, (i * N::value() + j) as u32);
+            let noise = random_high(seed_low, seed_high, (i * N::value() + j) as u32) >> 16;
             let value = values.extract(j);
             if comptime!(dtype == FloatDType::BF16) {
                 rounded.insert(j, to_bf16(value, noise));

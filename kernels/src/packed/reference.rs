@@ -1,7 +1,7 @@
 //! Dequantisation and products on packed weights in plain tensor operations.
 
 use burn::backend::{Backend, TensorMetadata, tensor::FloatTensor, tensor::IntTensor};
-use burn::tensor::{FloatDType, Shape, Slice, TensorData};
+use burn::tensor::{FloatDType, IntDType, Shape, Slice, TensorData};
 
 use super::{Layout, Order, PackedParts};
 use crate::extension::{LowRankOps, Maybe};
@@ -26,6 +26,29 @@ pub(crate) fn unpack<B: Backend>(words: &IntTensor<B>, bits: usize, from: usize,
     let codes = B::bitwise_and_scalar(B::bitwise_right_shift(words, shifts), mask.into());
     let codes = B::int_reshape(codes, Shape::new([words_here * per_word]));
     B::int_slice(codes, &[Slice::from(0..count)])
+}
+
+/// `values` and so many copies of `with` that they are `to`.
+pub(crate) fn padded<B: Backend>(values: Plain<B>, to: usize, with: f32) -> Plain<B> {
+    match to - values.dims()[0] {
+        0 => values,
+        more => {
+            let rest = B::float_full(Shape::new([more]), with.into(), &values.0.device(), values.dtype());
+            Plain(B::float_cat(vec![values.0, rest], 0))
+        }
+    }
+}
+
+/// The words of some codes; what is left of the last word gets the code `rest`.
+pub(crate) fn pack<B: Backend>(codes: Plain<B>, bits: usize, rest: f32) -> IntTensor<B> {
+    let (per_word, device) = (32 / bits, codes.0.device());
+    let words = codes.dims()[0].div_ceil(per_word);
+    let codes = padded(codes, words * per_word, rest).reshape(&[words, per_word]);
+    let codes = B::float_into_int(codes.0, IntDType::I32);
+    let shifts: Vec<i32> = (0..per_word).map(|i| (i * bits) as i32).collect();
+    let shifts = B::int_from_data(TensorData::new(shifts, [1, per_word]), &device);
+    let shifted = B::bitwise_left_shift(codes, B::int_expand(shifts, Shape::new([words, per_word])));
+    B::int_reshape(B::int_sum_dim(shifted, 1), Shape::new([words]))
 }
 
 /// Every value `each` times, `count` in all.

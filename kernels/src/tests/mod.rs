@@ -14,6 +14,7 @@ mod column_scale;
 mod cross_entropy;
 mod gated;
 mod gemm;
+mod groups;
 mod linear;
 mod lowrank_linear;
 mod packed;
@@ -26,6 +27,7 @@ mod route;
 mod scaled_basis;
 mod stochastic_round;
 mod threads;
+mod top_columns;
 
 use burn::backend::ops::FloatTensorOps;
 use burn::backend::tensor::FloatTensor;

@@ -31,13 +31,13 @@
 //! values cannot be computed from factors, and error feedback needs G: [`DctAdamWConfig::check`] refuses both.
 //!
 //! State on the input side: `4 (2 r n + r)` bytes, and `4 m n` for E; Q is shared by all matrices of one d. Flops:
-//! `2 d m n` to select, `2 m n r` to project without, `2 m n r` for the update. Scores travel to the host, d numbers a
-//! selection.
+//! `2 d m n` to select, `2 m n r` to project without, `2 m n r` for the update. Scores, indices and what follows from them stay on
+//! the device.
 
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
-use burn::tensor::{Device, Int, Tensor, TensorData};
+use burn::tensor::{DType, Device, Int, IntDType, Tensor, TensorData};
 use lowrank_kernels as kernels;
 
 use super::one_side::{Energy, basis_on, decayed, one_side, projected_size, rank_axis, scaled};
@@ -141,8 +141,8 @@ pub struct DctAdamW {
     rank: usize,
     side: Side,
     bases: DctBases,
-    /// Columns of Q in use, ascending.
-    indices: Option<Vec<u32>>,
+    /// Columns of Q in use, ascending, `[r]` i32.
+    indices: Option<Tensor<1, Int>>,
     /// M and V, shaped as R.
     moments: Option<(Tensor<2>, Tensor<2>)>,
     /// E.
@@ -156,7 +156,8 @@ pub struct DctAdamW {
     is_projected: bool,
     seconds: f64,
     energy: Option<Energy>,
-    overlap: Option<f64>,
+    /// How many directions the last selection kept, read only when somebody asks.
+    kept: Option<Tensor<1, Int>>,
 }
 
 impl DctAdamW {
@@ -181,13 +182,14 @@ impl DctAdamW {
             is_projected: false,
             seconds: 0.0,
             energy: None,
-            overlap: None,
+            kept: None,
         }
     }
 
-    /// The columns of Q in use.
-    pub fn indices(&self) -> Option<&[u32]> {
-        self.indices.as_deref()
+    /// The columns of Q in use; waits for the device.
+    pub fn indices(&self) -> Option<Vec<u32>> {
+        let data = self.indices.clone()?.into_data();
+        Some(data.iter::<i64>().map(|index| index as u32).collect())
     }
 
     /// d.
@@ -199,28 +201,26 @@ impl DctAdamW {
         self.indices.is_none() || (self.step + 1).is_multiple_of(self.config.update_proj_gap.max(1))
     }
 
-    fn index_tensor(&self, device: &Device) -> Tensor<1, Int> {
-        int_tensor(self.indices.iter().flatten().map(|&index| i64::from(index)).collect(), device)
-    }
-
     /// The chosen columns of Q, gathered anew: keeping them would cost more than they do.
     fn basis(&self, device: &Device) -> Basis {
         let q = self.bases.get(self.size(), device);
-        basis_on(self.side, q.select(1, self.index_tensor(device)))
+        let chosen = self.indices.clone().unwrap_or_else(|| indices_on(&[], device));
+        basis_on(self.side, q.select(1, chosen))
     }
 
     /// Takes the r best directions into use, and moves the moments.
-    fn select(&mut self, scores: Tensor<2>) {
-        let new = best(&linalg::host(scores), self.rank);
+    fn select(&mut self, scores: Tensor<2>) -> Tensor<1, Int> {
+        let new = kernels::top_columns(scores, self.rank);
         self.refreshes += 1;
-        let Some(old) = self.indices.replace(new.clone()) else { return };
-        let sources: Vec<Option<usize>> = new.iter().map(|index| old.binary_search(index).ok()).collect();
-        self.overlap = Some(sources.iter().flatten().count() as f64 / self.rank as f64);
-        if old == new || !self.config.rotate_subspace {
-            return;
+        if let Some(old) = self.indices.replace(new.clone()) {
+            let sources = Sources::of(&new, old);
+            if let Some((m, v)) = self.moments.take_if(|_| self.config.rotate_subspace) {
+                let axis = rank_axis(self.side);
+                self.moments = Some((sources.moved(m, axis), sources.moved(v, axis)));
+            }
+            self.kept = Some(sources.is_kept.sum());
         }
-        let axis = rank_axis(self.side);
-        self.moments = self.moments.take().map(|(m, v)| (moved(m, &sources, axis), moved(v, &sources, axis)));
+        new
     }
 
     /// Selects from a gradient and returns its projection, which is a part of the same product.
@@ -233,9 +233,9 @@ impl DctAdamW {
             _ => kernels::gemm(q.transpose(), gradient.clone(), None, 1.0),
         };
         let weighted = if self.config.score == Score::L1 { all.clone().abs() } else { all.clone().square() };
-        self.select(weighted.sum_dim(1 - rank_axis(self.side)));
+        let chosen = self.select(weighted.sum_dim(1 - rank_axis(self.side)));
         self.seconds += started.elapsed().as_secs_f64();
-        all.select(rank_axis(self.side), self.index_tensor(&device))
+        all.select(rank_axis(self.side), chosen)
     }
 
     /// `||q_j^T x^T dy||^2` (output side: `||x^T dy q_j||^2`) for every direction, exactly or by a sketch.
@@ -278,27 +278,37 @@ impl DctAdamW {
     }
 }
 
-/// The r indices with the largest scores, ties by lowest index, in ascending order.
-fn best(scores: &[f32], rank: usize) -> Vec<u32> {
-    let mut order: Vec<u32> = (0..scores.len() as u32).collect();
-    order.sort_by(|&a, &b| scores[b as usize].total_cmp(&scores[a as usize]).then(a.cmp(&b)));
-    order.truncate(rank);
-    order.sort_unstable();
-    order
+/// Where the directions of a selection were in the one before.
+struct Sources {
+    /// Places, 0 where there was none.
+    places: Tensor<1, Int>,
+    /// 1 where there was one, else 0; `[r, 1]`.
+    is_kept: Tensor<2, Int>,
 }
 
-/// `O^T M`: the rows (axis 0) or columns of M at their new places, 0 where there is no source.
-fn moved(moment: Tensor<2>, sources: &[Option<usize>], axis: usize) -> Tensor<2> {
-    let device = moment.device();
-    let mut border = moment.dims();
-    let rank = std::mem::replace(&mut border[axis], 1);
-    let places = sources.iter().map(|source| source.unwrap_or(rank) as i64).collect();
-    Tensor::cat(vec![moment, Tensor::zeros(border, &device)], axis).select(axis, int_tensor(places, &device))
+impl Sources {
+    fn of(new: &Tensor<1, Int>, old: Tensor<1, Int>) -> Self {
+        let (r, device) = (new.dims()[0], new.device());
+        let same = new.clone().reshape([r, 1]).expand([r, r]).equal(old.reshape([1, r]).expand([r, r]));
+        let same = same.int().cast(IntDType::I32); // at most one 1 a row
+        let place = Tensor::<1, Int>::arange(0..r as i64, (&device, DType::I32)).reshape([1, r]).expand([r, r]);
+        Self { places: (same.clone() * place).sum_dim(1).reshape([r]), is_kept: same.sum_dim(1) }
+    }
+
+    /// `O^T M`: the rows (axis 0) or columns of M at their new places, 0 where there is no source.
+    fn moved(&self, moment: Tensor<2>, axis: usize) -> Tensor<2> {
+        let dims = moment.dims();
+        let mut wide = [1, 1];
+        wide[axis] = dims[axis];
+        let is_new = self.is_kept.clone().reshape(wide).equal_scalar(0).expand(dims);
+        moment.select(axis, self.places.clone()).mask_fill(is_new, 0.0f32)
+    }
 }
 
-fn int_tensor(values: Vec<i64>, device: &Device) -> Tensor<1, Int> {
-    let count = values.len();
-    Tensor::from_data(TensorData::new(values, [count]), device)
+/// Indices as a tensor.
+fn indices_on(indices: &[u32], device: &Device) -> Tensor<1, Int> {
+    let values: Vec<i32> = indices.iter().map(|&index| index as i32).collect();
+    Tensor::from_data(TensorData::new(values, [indices.len()]), (device, DType::I32))
 }
 
 impl MatrixOptimizer for DctAdamW {
@@ -359,7 +369,7 @@ impl MatrixOptimizer for DctAdamW {
         let mut state = State::default();
         state.numbers.insert("dct_step".to_owned(), self.step);
         state.numbers.insert("refreshes".to_owned(), self.refreshes);
-        if let Some(indices) = &self.indices {
+        if let Some(indices) = self.indices() {
             state.bytes.insert("indices".to_owned(), indices.iter().flat_map(|index| index.to_le_bytes()).collect());
         }
         if let Some((first, second)) = &self.moments {
@@ -375,17 +385,17 @@ impl MatrixOptimizer for DctAdamW {
     fn restore(&mut self, mut state: State) -> Result<(), String> {
         self.step = state.number("dct_step")?;
         self.refreshes = state.number("refreshes")?;
-        self.indices = match state.bytes.remove("indices") {
-            Some(bytes) => Some(self.read_indices(&bytes)?),
-            None => None,
-        };
+        let indices = state.bytes.remove("indices").map(|bytes| self.read_indices(&bytes)).transpose()?;
         let mut shape = self.dims;
         shape[rank_axis(self.side)] = self.rank;
         let (first, second) = (state.optional_tensor("first", shape)?, state.optional_tensor("second", shape)?);
         self.moments = first.zip(second);
         self.error = state.optional_tensor("error", self.dims)?;
+        // Without moments no step was made, and the first one selects.
+        let device = self.moments.as_ref().map(|(first, _)| first.device());
+        self.indices = indices.as_ref().zip(device).map(|(indices, device)| indices_on(indices, &device));
         if self.step > 0 {
-            self.indices.as_ref().ok_or("indices are missing")?;
+            indices.as_ref().ok_or("indices are missing")?;
             self.moments.as_ref().ok_or("first or second is missing")?;
             if self.config.error_feedback {
                 self.error.as_ref().ok_or("error is missing")?;
@@ -400,7 +410,7 @@ impl MatrixOptimizer for DctAdamW {
             energy: self.energy.as_ref().map(Energy::share),
             refreshes: self.refreshes,
             refresh_seconds: self.seconds,
-            overlap: self.overlap,
+            overlap: self.kept.as_ref().map(|kept| kept.clone().into_scalar::<i32>() as f64 / self.rank as f64),
         }
     }
 
@@ -408,7 +418,7 @@ impl MatrixOptimizer for DctAdamW {
         let elements = |tensor: &Tensor<2>| tensor.shape().num_elements();
         let moments = self.moments.as_ref().map_or(0, |(first, second)| elements(first) + elements(second));
         let error = self.error.as_ref().map_or(0, elements);
-        4 * (self.indices.as_ref().map_or(0, Vec::len) + moments + error)
+        4 * (self.indices.as_ref().map_or(0, |_| self.rank) + moments + error)
     }
 }
 
@@ -528,7 +538,7 @@ mod tests {
         dct.step(random(1, 5, 8), gradient.clone(), RULE);
         let (q, g) = (q(5), Host::of(&gradient));
         let kept = |indices: &[u32]| columns(&q, indices).t().mul(&g).norm();
-        let ours = kept(dct.indices().unwrap());
+        let ours = kept(&dct.indices().unwrap());
         for a in 0..5 {
             for b in 0..a {
                 assert!(kept(&[b, a]) <= ours + 1e-6);
@@ -546,10 +556,27 @@ mod tests {
         assert!(Host::of(dct.error.as_ref().unwrap()).norm() < 1e-5);
     }
 
+    /// Moments follow their directions, whichever are new; the share that was kept is what the indices say.
     #[test]
-    fn ties_go_to_the_lowest_index() {
-        assert_eq!(best(&[1.0, 3.0, 1.0, 3.0, 1.0], 3), [0, 1, 3]);
-        assert_eq!(best(&[0.0; 4], 2), [0, 1]);
+    fn moments_follow_their_directions() {
+        let device = Device::flex();
+        for (old, new) in
+            [([1, 4, 7], [1, 4, 7]), ([1, 4, 7], [0, 4, 9]), ([1, 4, 7], [4, 5, 7]), ([1, 2, 3], [4, 5, 6])]
+        {
+            let sources = Sources::of(&indices_on(&new, &device), indices_on(&old, &device));
+            let moment = Host::of(&random(5, 3, 4));
+            for axis in [0, 1] {
+                let turned = |host: &Host| if axis == 0 { host.clone() } else { host.t() };
+                let moved = turned(&Host::of(&sources.moved(self::device(&turned(&moment)), axis)));
+                let expected = Host::new(3, 4, |i, j| match old.iter().position(|&index| index == new[i]) {
+                    Some(source) => moment.at(source, j),
+                    None => 0.0,
+                });
+                moved.assert_close(&expected, 0.0);
+            }
+            let kept = new.iter().filter(|&index| old.contains(index)).count();
+            assert_eq!(sources.is_kept.sum().into_scalar::<i32>() as usize, kept);
+        }
     }
 
     #[test]

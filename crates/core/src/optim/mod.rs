@@ -28,7 +28,7 @@ pub mod subspace;
 
 use std::collections::BTreeMap;
 
-use burn::tensor::{FloatDType, Tensor, TensorData};
+use burn::tensor::{FloatDType, Tensor};
 use lowrank_kernels as kernels;
 
 pub use adamw::{AdamW, AdamWConfig, StepRule};
@@ -38,10 +38,9 @@ pub use schedule::{Schedule, ScheduleKind};
 pub use subspace::{Basis, ProjType, Side};
 
 use crate::base::PackedBase;
-use crate::linalg;
 use crate::lowrank::cast;
 use crate::projection::Gradient;
-use crate::quant::{Groups, Rounding};
+use crate::quant::{Quantisation, Rounding};
 use crate::random::Stream;
 
 /// Name (its config key and file), what it is, state values per matrix `[m, n]` at rank r with its basis on the input side.
@@ -295,9 +294,8 @@ impl Optimizer {
             Weights::F32 => updated,
             Weights::Bf16 => kernels::stochastic_round(updated, dtype, stream.bits(self.step)),
             Weights::Int8 { group } => {
-                let (dims, device) = (updated.dims(), updated.device());
-                let groups = Groups::quantise_with(&linalg::host(updated), 8, group, self.rounding(name, dims));
-                Tensor::from_data(TensorData::new(groups.dequantise(), dims), &device)
+                let rounding = self.rounding(name, updated.dims());
+                Quantisation::trained(group).pack_rounded(updated, rounding).dense(FloatDType::F32)
             }
         }
     }
@@ -319,7 +317,7 @@ impl Optimizer {
 
     /// Stochastic rounding in this step, with a number of its own for every value.
     fn rounding(&self, name: &str, dims: [usize; 2]) -> Rounding {
-        Rounding::Stochastic { stream: self.stream(name), first: self.step * (dims[0] * dims[1]) as u64 }
+        self.stream(name).rounding(self.step * (dims[0] * dims[1]) as u64)
     }
 
     /// How layers act between steps, where that is not by their weights alone.

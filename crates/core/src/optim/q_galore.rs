@@ -13,8 +13,8 @@
 //!
 //! Nothing dense is held: weights ([`crate::base::PackedBase`]) and basis ([`Directions::Packed`](crate::Directions)) are codes,
 //! which products dequantise panel by panel (weights) or for the time of one product (bases). Only while a matrix is updated do
-//! its values exist in f32: codes to f32, `W - scale P N` in place, to the host, codes again, so that beside the codes there are
-//! up to `10 m n + 4 m r` bytes, for one matrix at a time.
+//! its values exist in f32: codes to f32, `W - scale P N` in place, codes again ([`lowrank_kernels::pack_groups`], on the device), so that
+//! beside the codes there are up to `(5 + 5/g) m n + 4 m r` bytes, for one matrix at a time.
 //!
 //! Bytes of a matrix `[m, n]` with its basis on the input side, for groups of g (256), blocks of b (256) and a norm sketch of s (8)
 //! columns; R is `[r, n]`, its M and V are codes on the host:
@@ -49,8 +49,8 @@ use lowrank_kernels::packed::Order;
 use super::State;
 use super::subspace::Basis;
 use crate::linalg;
-use crate::quant::Groups;
 use crate::quant::packed::{from_groups, to_groups};
+use crate::quant::{Format, Groups, Quantisation};
 
 /// Order of the codes of P: each direction by itself.
 pub(super) const LEFT: Order = Order::Outputs;
@@ -81,11 +81,9 @@ impl Default for Quantised {
 impl Quantised {
     /// P and Q as codes.
     pub fn pack(&self, basis: Basis) -> [Option<Packed>; 2] {
+        let format = if self.basis_bits == 8 { Format::Int8 } else { Format::Int4 };
         let packed = |values: Tensor<2>, order: Order| {
-            let (dims, device) = (values.dims(), values.device());
-            let flat = if order == Order::Outputs { values.transpose() } else { values };
-            let groups = Groups::quantise(&linalg::host(flat), self.basis_bits, self.group);
-            from_groups(&groups, dims, order, &device)
+            Quantisation { format, block: self.group, double: false, order }.pack_tensor(values)
         };
         [basis.left.map(|left| packed(left, LEFT)), basis.right.map(|right| packed(right, RIGHT))]
     }

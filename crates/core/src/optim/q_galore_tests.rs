@@ -8,7 +8,7 @@ use lowrank_kernels as kernels;
 use super::*;
 use crate::base::PackedBase;
 use crate::optim::{Galore, GaloreConfig, Optimizer, ProjType, RuleConfig, StepRule, Weights, adamw::AdamWConfig};
-use crate::quant::{Quantisation, Rounding};
+use crate::quant::Quantisation;
 use crate::random::Stream;
 use crate::{Base, Projection};
 
@@ -199,7 +199,7 @@ fn rounding_after_a_step_is_unbiased() {
     let count = want.len();
     let (mut sum, mut squares, mut scales) = (vec![0.0f64; count], vec![0.0f64; count], vec![]);
     for time in 0..TIMES {
-        let rounding = Rounding::Stochastic { stream: Stream::new(4, NAME), first: time * count as u64 };
+        let rounding = Stream::new(4, NAME).rounding(time * count as u64);
         let rounded = base.rounded(values.clone(), rounding);
         scales = to_groups(&rounded.weight).unwrap().scale;
         for (i, value) in linalg::host(rounded.weight.dense(FloatDType::F32)).into_iter().enumerate() {

@@ -1,35 +1,18 @@
 //! Asymmetric group quantisation to 8 or 4 bits, as Q-GaLore uses it for weights and bases (arXiv 2407.08296, section
-//! 3).
+//! 3), on the host; equations in [`lowrank_kernels::groups`], which does the same where the values lie.
 //!
-//! Groups of consecutive values of the flattened array, with `q_max = 2^bits - 1`, lower and upper end `l <= 0 <= u`:
-//! `s = max(u - l, 1e-5) / q_max`, `z = round(-l / s)`, `q = clamp(round(w / s) + z, 0, q_max)`, `w^ = (q - z) s`.
-//! Rounding to nearest takes halves to even. Stochastic rounding goes up with the probability of the fraction, so its
-//! mean is the value itself and small updates are not lost.
+//! Stochastic rounding goes up with the probability of the fraction, so its mean is the value itself and small updates are not
+//! lost.
 //!
 //! Two things differ from the published code: the range is extended to include 0 (there, groups of one sign saturate),
 //! and the last group may be short.
 //!
 //! State: `bits / 8 + 5 / group` bytes a value; two 4-bit codes share a byte, the first in the lower half.
 
+pub use lowrank_kernels::Rounding;
+use lowrank_kernels::groups::{encode, grid, top};
+
 use super::over_blocks;
-use crate::random::Stream;
-
-/// The smallest width of a group's range.
-const SMALLEST_RANGE: f32 = 1e-5;
-
-/// How a value between two codes is decided.
-#[derive(Clone, Copy, Debug)]
-pub enum Rounding {
-    /// To the nearest, halves to even.
-    Nearest,
-    /// Up with the probability of the fraction.
-    Stochastic {
-        /// Where the random numbers come from.
-        stream: Stream,
-        /// Index in the stream of the first value; value i uses `first + i`.
-        first: u64,
-    },
-}
 
 /// Values as codes with a scale and a zero point per group.
 #[derive(Clone, Debug, PartialEq)]
@@ -65,7 +48,7 @@ impl Groups {
         assert!(bits == 8 || bits == 4, "{bits} bits are neither 8 nor 4");
         // Two groups, so that no byte is shared where a group has an odd number of 4-bit codes.
         let parts = over_blocks(values.len(), 2 * group, |range| {
-            let rounding = rounding.from(range.start);
+            let rounding = rounding.after(range.start);
             Self::quantise_part(&values[range], bits, group, rounding)
         });
         let (bytes, count) = (values.len().div_ceil(8 / usize::from(bits)), values.len().div_ceil(group));
@@ -84,8 +67,9 @@ impl Groups {
         let count = values.len().div_ceil(group);
         let (mut scale, mut zero) = (Vec::with_capacity(count), Vec::with_capacity(count));
         for (index, (codes, values)) in codes.chunks_mut(group).zip(values.chunks(group)).enumerate() {
-            let (s, z) = grid(values, top(bits));
-            encode(values, s, z, top(bits), rounding.from(index * group), codes);
+            let top = top(usize::from(bits));
+            let (s, z) = grid(values, top);
+            encode(values, s, z, top, rounding.after(index * group), codes);
             scale.push(s);
             zero.push(z);
         }
@@ -113,67 +97,6 @@ impl Groups {
     }
 }
 
-impl Rounding {
-    /// The same for the values from this index on.
-    fn from(self, offset: usize) -> Self {
-        match self {
-            Self::Nearest => self,
-            Self::Stochastic { stream, first } => Self::Stochastic { stream, first: first + offset as u64 },
-        }
-    }
-}
-
-/// The largest code.
-fn top(bits: u8) -> f32 {
-    ((1u16 << bits) - 1) as f32
-}
-
-/// The nearest whole number, halves to even, for magnitudes below 2^22: the sum has no room for a fraction. Unlike
-/// `round_ties_even` it needs no library call on old processors.
-#[inline(always)]
-fn round(x: f32) -> f32 {
-    const SHIFT: f32 = 1.5 * (1u32 << 23) as f32;
-    (x + SHIFT) - SHIFT
-}
-
-/// Scale and zero point of a group.
-fn grid(values: &[f32], top: f32) -> (f32, u8) {
-    // Plain comparisons of independent lanes, which vectorise.
-    let (mut low, mut high) = ([0.0f32; 16], [0.0f32; 16]);
-    let (chunks, rest) = values.as_chunks::<16>();
-    for chunk in chunks {
-        for ((low, high), value) in low.iter_mut().zip(&mut high).zip(chunk) {
-            *low = if *value < *low { *value } else { *low };
-            *high = if *value > *high { *value } else { *high };
-        }
-    }
-    let low = rest.iter().copied().chain(low).fold(0.0, f32::min);
-    let high = rest.iter().copied().chain(high).fold(0.0, f32::max);
-    let scale = (high - low).max(SMALLEST_RANGE) / top;
-    (scale, round(-low / scale).clamp(0.0, top) as u8)
-}
-
-fn encode(values: &[f32], scale: f32, zero: u8, top: f32, rounding: Rounding, codes: &mut [u8]) {
-    let shift = f32::from(zero);
-    match rounding {
-        Rounding::Nearest => {
-            for (code, value) in codes.iter_mut().zip(values) {
-                *code = (round(value / scale) + shift).clamp(0.0, top) as u8;
-            }
-        }
-        Rounding::Stochastic { stream, first } => {
-            for (i, (code, value)) in codes.iter_mut().zip(values).enumerate() {
-                let exact = value / scale;
-                let cut = exact as i32 as f32; // towards 0
-                let below = if cut > exact { cut - 1.0 } else { cut };
-                let draw = (stream.bits(first + i as u64) >> 40) as f32 / (1u32 << 24) as f32; // 24 bits, below 1
-                let up = if draw < exact - below { 1.0 } else { 0.0 };
-                *code = (below + up + shift).clamp(0.0, top) as u8;
-            }
-        }
-    }
-}
-
 /// Two codes a byte.
 fn pack(codes: &[u8]) -> Vec<u8> {
     codes.chunks(2).map(|pair| pair[0] | pair.get(1).copied().unwrap_or(0) << 4).collect()
@@ -182,6 +105,7 @@ fn pack(codes: &[u8]) -> Vec<u8> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::random::Stream;
 
     fn normals(count: u64) -> Vec<f32> {
         let stream = Stream::new(6, "weights");
@@ -230,18 +154,11 @@ mod tests {
                 // The same grid finds the same codes again.
                 let mut again = vec![0; 1001];
                 for (index, (codes, values)) in again.chunks_mut(group).zip(got.chunks(group)).enumerate() {
-                    encode(values, packed.scale[index], packed.zero[index], top(bits), Rounding::Nearest, codes);
+                    let (scale, zero) = (packed.scale[index], packed.zero[index]);
+                    encode(values, scale, zero, top(usize::from(bits)), Rounding::Nearest, codes);
                 }
                 assert_eq!(if bits == 4 { pack(&again) } else { again }, packed.codes);
             }
-        }
-    }
-
-    #[test]
-    fn rounding_takes_halves_to_even() {
-        for i in -2100..2100 {
-            let x = i as f32 / 8.0;
-            assert_eq!(round(x), x.round_ties_even());
         }
     }
 
@@ -257,7 +174,7 @@ mod tests {
         // The ends fix the grid: s = 1 / 15, z = 5 or so; the value in the middle lies between two codes.
         let mut values = vec![0.217f32; 100_002];
         (values[0], values[100_001]) = (-1.0, 2.0);
-        let rounding = Rounding::Stochastic { stream: Stream::new(8, "rounding"), first: 1 << 40 };
+        let rounding = Stream::new(8, "rounding").rounding(1 << 40);
         let packed = Groups::quantise_with(&values, 4, values.len(), rounding);
         let got = packed.dequantise();
         let middle: Vec<f64> = got[1..100_001].iter().map(|value| f64::from(*value)).collect();
@@ -265,7 +182,7 @@ mod tests {
         let variance = middle.iter().map(|value| (value - mean).powi(2)).sum::<f64>() / 1e5;
         assert!(variance > 0.0 && (mean - f64::from(0.217f32)).abs() < 4.0 * (variance / 1e5).sqrt(), "{mean}");
         assert_eq!(packed, Groups::quantise_with(&values, 4, values.len(), rounding));
-        let other = Rounding::Stochastic { stream: Stream::new(9, "rounding"), first: 1 << 40 };
+        let other = Stream::new(9, "rounding").rounding(1 << 40);
         assert_ne!(packed, Groups::quantise_with(&values, 4, values.len(), other));
     }
 
@@ -273,8 +190,8 @@ mod tests {
     fn random_numbers_belong_to_elements_and_not_to_groups() {
         let values = normals(512);
         let stream = Stream::new(10, "rounding");
-        let whole = Groups::quantise_with(&values, 8, 256, Rounding::Stochastic { stream, first: 0 });
-        let half = Groups::quantise_with(&values[256..], 8, 256, Rounding::Stochastic { stream, first: 256 });
+        let whole = Groups::quantise_with(&values, 8, 256, stream.rounding(0));
+        let half = Groups::quantise_with(&values[256..], 8, 256, stream.rounding(256));
         assert_eq!(whole.codes[256..], half.codes);
     }
 
@@ -294,7 +211,7 @@ mod tests {
         };
         for step in 0..20 {
             nearest = add(&nearest, Rounding::Nearest);
-            stochastic = add(&stochastic, Rounding::Stochastic { stream, first: 4096 * step });
+            stochastic = add(&stochastic, stream.rounding(4096 * step));
         }
         assert_eq!(nearest.codes, start.codes);
         let moved: f64 = stochastic.codes.iter().zip(&start.codes).map(|(a, b)| f64::from(*a) - f64::from(*b)).sum();

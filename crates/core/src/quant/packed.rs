@@ -1,8 +1,8 @@
 //! From values in f32 to a packed weight on a device.
 
 use burn::tensor::{DType, Device, Distribution, Int, Tensor};
-use lowrank_kernels::Packed;
 use lowrank_kernels::packed::{Format, Layout, Nested, Order, Scales, scales, words};
+use lowrank_kernels::{self as kernels, Packed};
 
 use super::dynamic8::Map;
 use super::groups::{Groups, Rounding};
@@ -154,30 +154,27 @@ impl Quantisation {
         Ok(Packed::new(layout, codes, Scales::Nested { table, codes: bits(blocks.div_ceil(4)), map, absmax }))
     }
 
-    /// Packs a `[d_in, d_out]` tensor.
+    /// Packs a `[d_in, d_out]` tensor: groups where it lies, values of a table by way of the host.
     pub fn pack_tensor(&self, weight: Tensor<2>) -> Packed {
+        if self.table().is_none() {
+            return self.pack_rounded(weight, Rounding::Nearest);
+        }
         let (dims, device) = (weight.dims(), weight.device());
-        self.pack_finite(&linalg::host(self.flattened(weight)), dims, &device)
+        let flattened = match self.order {
+            Order::Outputs => weight.transpose(),
+            Order::Inputs => weight,
+        };
+        self.pack_finite(&linalg::host(flattened), dims, &device)
     }
 
-    /// Packs a `[d_in, d_out]` tensor in groups of codes that are rounded in this way.
+    /// Packs a `[d_in, d_out]` tensor in groups of codes that are rounded in this way, where it lies.
     ///
     /// # Panics
     /// Where the format has no groups.
     pub fn pack_rounded(&self, weight: Tensor<2>, rounding: Rounding) -> Packed {
-        assert!(self.table().is_none(), "{:?} has no groups", self.format);
-        let (dims, device) = (weight.dims(), weight.device());
-        let values = linalg::host(self.flattened(weight));
-        let groups = Groups::quantise_with(&values, self.format.bits() as u8, self.block, rounding);
-        drop(values);
-        from_groups(&groups, dims, self.order, &device)
-    }
-
-    fn flattened(&self, weight: Tensor<2>) -> Tensor<2> {
-        match self.order {
-            Order::Outputs => weight.transpose(),
-            Order::Inputs => weight,
-        }
+        let layout =
+            Layout { format: self.format, block: self.block, dims: weight.dims(), nested: None, order: self.order };
+        kernels::pack_groups(weight, layout, rounding)
     }
 }
 
@@ -350,7 +347,7 @@ mod tests {
         assert_eq!(to_groups(&trained.pack_tensor(weight.clone())), Some(groups.clone()));
         assert_eq!(to_groups(&trained.pack_rounded(weight.clone(), Rounding::Nearest)), Some(groups.clone()));
         assert_eq!(linalg::host(packed.dense(FloatDType::F32)), groups.dequantise());
-        let rounding = Rounding::Stochastic { stream: Stream::new(3, "rounding"), first: 1 << 33 };
+        let rounding = Stream::new(3, "rounding").rounding(1 << 33);
         let other = Groups::quantise_with(&linalg::host(weight.clone()), 8, 64, rounding);
         assert_eq!(to_groups(&trained.pack_rounded(weight, rounding)), Some(other));
         let error = Quantisation { order: Order::Inputs, ..Quantisation::NF4 }.check().unwrap_err().to_string();

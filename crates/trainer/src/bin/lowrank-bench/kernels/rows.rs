@@ -2,11 +2,17 @@
 //! to be computed and moved at least, each tensor read or written once.
 
 use burn::backend::Dispatch;
-use burn::tensor::{FloatDType, Tensor};
-use lowrank_kernels::{self as kernels, Activation, AdamW, AttentionHints, AttentionRoute, KnownKeys, LowRankOps};
+use burn::tensor::{FloatDType, Int, Tensor};
+use lowrank_kernels::{
+    self as kernels, Activation, AttentionHints, AttentionRoute, KnownKeys, LowRankOps, Packed, Rounding,
+};
 use lowrank_train::device::ChosenDevice;
 
 use super::inputs::Inputs;
+use thin::By;
+
+mod optimizer;
+mod thin;
 
 /// Sizes of a model and of what goes through it at once.
 #[derive(Clone, Copy, Debug)]
@@ -74,6 +80,13 @@ pub enum Out {
     D1(Tensor<1>),
     D2(Tensor<2>),
     D4(Tensor<4>),
+    Indices(Tensor<1, Int>),
+    /// Codes of a weight. They stand for `|w| + |w^ - w|`, which does not change where a value lies in the middle of two codes, of
+    /// which devices that divide inexactly may take either.
+    Rounded {
+        weight: Tensor<2>,
+        codes: Box<Packed>,
+    },
 }
 
 impl Out {
@@ -83,6 +96,10 @@ impl Out {
             Out::D1(tensor) => tensor.cast(FloatDType::F32).into_data(),
             Out::D2(tensor) => tensor.cast(FloatDType::F32).into_data(),
             Out::D4(tensor) => tensor.cast(FloatDType::F32).into_data(),
+            Out::Indices(tensor) => return tensor.into_data().iter::<f32>().collect(),
+            Out::Rounded { weight, codes } => {
+                (weight.clone().abs() + (codes.dense(FloatDType::F32) - weight).abs()).into_data()
+            }
         };
         data.try_to_vec::<f32>().unwrap_or_else(|_| unreachable!("cast to f32 just before"))
     }
@@ -153,9 +170,26 @@ pub const ROWS: &[Row] = &[
     row("gated", gated),
     row("gated_backward", gated_backward),
     row("cross_entropy", cross_entropy),
-    row("adamw", adamw),
-    Row { is_repeatable: false, ..row("stochastic_round", stochastic_round) },
-    row("sum_squares", sum_squares),
+    row("x A by the thin kernel", |inputs, sizes| thin::down(inputs, sizes, By::Kernel)),
+    row("x A by matmul", |inputs, sizes| thin::down(inputs, sizes, By::Matmul)),
+    row("x^T u by the thin kernel", |inputs, sizes| thin::gradient(inputs, sizes, By::Kernel)),
+    row("x^T u by matmul", |inputs, sizes| thin::gradient(inputs, sizes, By::Matmul)),
+    row("packed_linear, 1 token", |inputs, sizes| thin::few_packed(inputs, sizes, 1)),
+    row("linear, 1 token", |inputs, sizes| thin::few_dense(inputs, sizes, 1)),
+    row("packed_linear, 8 tokens", |inputs, sizes| thin::few_packed(inputs, sizes, 8)),
+    row("linear, 8 tokens", |inputs, sizes| thin::few_dense(inputs, sizes, 8)),
+    row("adamw", optimizer::adamw),
+    row("adam8", optimizer::adam8),
+    Row { is_repeatable: false, ..row("stochastic_round", optimizer::stochastic_round) },
+    row("pack_groups", |inputs, sizes| optimizer::pack_groups(inputs, sizes, Rounding::Nearest)),
+    Row {
+        is_repeatable: false,
+        ..row("pack_groups, stochastic", |inputs, sizes| {
+            optimizer::pack_groups(inputs, sizes, Rounding::Stochastic { seed: 1 })
+        })
+    },
+    row("top_columns", optimizer::top_columns),
+    row("sum_squares", optimizer::sum_squares),
 ];
 
 fn work(
@@ -366,38 +400,5 @@ fn cross_entropy(inputs: &mut Inputs, s: &Sizes) -> anyhow::Result<Work> {
         let (logits, targets) = (logits.clone().into_dispatch(), targets.clone().into_dispatch());
         let (loss, gradient) = Dispatch::cross_entropy(logits, targets, 0.0);
         vec![Out::D1(Tensor::from_dispatch(loss)), Out::D2(Tensor::from_dispatch(gradient))]
-    })
-}
-
-/// In f32: parameter and both moments are read and written, the gradient is read.
-fn adamw(inputs: &mut Inputs, s: &Sizes) -> anyhow::Result<Work> {
-    let dims = [s.hidden, s.ffn];
-    let mut state = Some((inputs.precise(dims), inputs.precise(dims), inputs.positive(dims)));
-    let (gradient, values) = (inputs.precise(dims), product(&dims));
-    let rule =
-        AdamW { learning_rate: 0.1, betas: (0.9, 0.99), eps: 1e-8, weight_decay: 0.1, step: 2, gradient_scale: 0.5 };
-    work(format!("{} x {}", dims[0], dims[1]), 14.0 * values, 28.0 * values, false, move || {
-        // Nothing else may hold the state: the update is then made in place.
-        let Some((parameter, first, second)) = state.take() else { return vec![] };
-        let (parameter, first, second) = kernels::adamw(parameter, first, second, gradient.clone(), rule);
-        state = Some((parameter.clone(), first.clone(), second.clone()));
-        vec![Out::D2(parameter), Out::D2(first), Out::D2(second)]
-    })
-}
-
-fn stochastic_round(inputs: &mut Inputs, s: &Sizes) -> anyhow::Result<Work> {
-    let (t, d) = (s.tokens(), s.hidden);
-    let (x, dtype) = (inputs.precise([t, d]), inputs.dtype());
-    let bytes = (4.0 + inputs.width()) * product(&[t, d]);
-    work(format!("{t} x {d}"), 2.0 * product(&[t, d]), bytes, false, move || {
-        vec![Out::D2(kernels::stochastic_round(x.clone(), dtype, 1))]
-    })
-}
-
-fn sum_squares(inputs: &mut Inputs, s: &Sizes) -> anyhow::Result<Work> {
-    let dims = [s.hidden, s.ffn];
-    let (x, values) = (inputs.precise(dims), product(&dims));
-    work(format!("{} x {}", dims[0], dims[1]), 2.0 * values, 4.0 * values, false, move || {
-        vec![Out::D1(kernels::sum_squares(x.clone()))]
     })
 }
