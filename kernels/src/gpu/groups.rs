@@ -24,14 +24,14 @@ const MOST_UNITS: u32 = 128;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct Packing {
     /// Of a code.
-    bits: usize,
+    pub bits: usize,
     /// Words of a group.
-    words: usize,
+    pub words: usize,
     /// Values of a vector.
-    width: usize,
+    pub width: usize,
     /// Rather than to the nearest.
-    is_stochastic: bool,
-    cube: RowCube,
+    pub is_stochastic: bool,
+    pub cube: RowCube,
 }
 
 /// The largest of each element over the units of the cube; `shared` has four places for each unit.
@@ -108,7 +108,7 @@ fn code(rounded: f32, zero: f32, #[comptime] last: f32) -> u32 {
 }
 
 #[cube(launch_unchecked, address_type = "dynamic")]
-fn pack_groups_kernel<N: Size>(
+pub(super) fn pack_groups_kernel<N: Size>(
     values: &[Vector<f32, N>],
     words: &mut [i32],
     scale: &mut [f32],

@@ -50,7 +50,7 @@ fn key(numbers: &[u32], i: usize, count: u32, #[comptime] stage: Stage) -> u32 {
 }
 
 #[cube(launch_unchecked, address_type = "dynamic")]
-fn top_columns_kernel(numbers: &[u32], result: &mut [i32], count: u32, #[comptime] stage: Stage) {
+pub(super) fn top_columns_kernel(numbers: &[u32], result: &mut [i32], count: u32, #[comptime] stage: Stage) {
     let mut tile = Shared::<[u32]>::new_slice(TILE);
     let mut counts = Shared::<[u32]>::new_slice(TILE);
     let unit = UNIT_POS as usize;

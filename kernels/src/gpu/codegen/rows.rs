@@ -14,9 +14,11 @@ use crate::gpu::attention::product::{Form, UNITS};
 use crate::gpu::attention::tile::{LengthsCompilationArg, Tile};
 use crate::gpu::attention::{rows, tiles_backward, tiles_forward};
 use crate::gpu::codes::{self, CodesCompilationArg, Coding};
+use crate::gpu::groups::Packing;
 use crate::gpu::launch::RowCube;
 use crate::gpu::thin::kernel::{self as thin, GROUPS, LANES, LeftCompilationArg, SizesCompilationArg, Sum};
-use crate::gpu::{adam8, adamw, cross_entropy, gated, reduce, rms_norm, rotary, stochastic_round};
+use crate::gpu::top_columns::Stage;
+use crate::gpu::{adam8, adamw, cross_entropy, gated, groups, reduce, rms_norm, rotary, stochastic_round, top_columns};
 use crate::map8::Map;
 
 pub(super) const BF16: ElemType = ElemType::Float(FloatKind::BF16);
@@ -177,6 +179,14 @@ pub(super) const ROWS: &[Row] = &[
     row!(codes => dequantise_kernel, DequantiseKernel, "f32 table", line(256), (TABLE, B, ()), 1, BITS4, F32),
     row!(codes => dequantise_kernel, DequantiseKernel, "f32 nested", line(256), (NESTED, B, ()), 8, BITS4, F32),
     row!(codes => dequantise_kernel, DequantiseKernel, "f16 affine", line(256), (AFFINE, B, ()), 8, BITS4, F16),
+    row!(groups => pack_groups_kernel, PackGroupsKernel, "int8 stochastic", line(32), (B, B, B, B, (), ()),
+        4, Packing { bits: 8, words: 16, width: 4, is_stochastic: true, cube: planes(32) }),
+    row!(groups => pack_groups_kernel, PackGroupsKernel, "int8 nearest, groups of 1024", line(128), (B, B, B, B, (), ()),
+        4, Packing { bits: 8, words: 256, width: 4, is_stochastic: false, cube: planes(128) }),
+    row!(groups => pack_groups_kernel, PackGroupsKernel, "int4 nearest", line(32), (B, B, B, B, (), ()),
+        1, Packing { bits: 4, words: 8, width: 1, is_stochastic: false, cube: shared(32) }),
+    row!(top_columns => top_columns_kernel, TopColumnsKernel, "rank", line(256), (B, B, ()), Stage::Rank),
+    row!(top_columns => top_columns_kernel, TopColumnsKernel, "collect", line(256), (B, B, ()), Stage::Collect),
     row!(thin => thin_kernel, ThinKernel, "bf16 rows dense", thin_cube(), (LeftCompilationArg::Dense(B), B, B, SIZES),
         4, thin_tile(Sum::Rows, 16, 1, 4, false, BITS4), BF16, BF16, BF16),
     row!(thin => thin_kernel, ThinKernel, "bf16 rows table", thin_cube(),
