@@ -268,7 +268,7 @@ pub(crate) fn reference<B: Backend>(
     (p.reshape(&dims).cast(dtype).0, codes, absmax)
 }
 
-fn bools<B: Backend>(like: &Plain<B>) -> burn::tensor::BoolDType {
+pub(crate) fn bools<B: Backend>(like: &Plain<B>) -> burn::tensor::BoolDType {
     burn::backend::get_device_settings::<B>(&like.0.device()).bool_dtype
 }
 

@@ -10,6 +10,7 @@
 //! | [`factored_linear`] | `x W + b` that hands over `x` and `dy` instead of `dW` | arithmetic | yes | gemm |
 //! | [`lowrank_shift`] | `x + s (x A) B` | arithmetic | yes | gemm, accumulated into a copy of x |
 //! | [`column_scale`] | `z * c + b`, c trained | memory | yes | in place |
+//! | [`directed_linear()`] | `x V diag(m / n)`, `V = W + s A B` with lengths n | arithmetic | yes | one sweep over W, gemm |
 //! | [`block_rotation`] | `x + x blockdiag(E)` | arithmetic | yes | gemm on the columns of each block |
 //! | [`scaled_basis`] | one basis under many diagonals | memory | yes | one pass |
 //! | [`rms_norm`] | RMS normalisation | memory | yes | one pass |
@@ -40,6 +41,7 @@ mod attention;
 mod block_rotation;
 mod column_scale;
 mod cross_entropy;
+pub mod directed_linear;
 mod gated;
 mod gemm;
 pub mod launches;
