@@ -1,7 +1,7 @@
 //! The functions of the crate: one door per operation, on Burn's tensors of any backend.
 
 use burn::backend::Dispatch;
-use burn::tensor::{FloatDType, Gradients, Int, Tensor};
+use burn::tensor::{Device, FloatDType, Gradients, Int, Tensor};
 
 use crate::adam8::{Adam8, Moments8};
 pub use crate::adamw::AdamW;
@@ -209,6 +209,38 @@ pub fn column_scale(z: Tensor<2>, c: Tensor<1>, bias: Option<Tensor<1>>) -> Tens
     let bias = Maybe::from_option(bias.map(Tensor::into_dispatch));
     let (y, _) = Dispatch::column_scale(z.into_dispatch(), c.into_dispatch(), bias);
     Tensor::from_dispatch(y)
+}
+
+/// Whether a device is the processor, whose operations are loops of ours.
+pub fn is_cpu(device: &Device) -> bool {
+    #[cfg(feature = "flex")]
+    let is_cpu = *device == Device::flex();
+    #[cfg(not(feature = "flex"))]
+    let is_cpu = {
+        let _ = device;
+        false
+    };
+    is_cpu
+}
+
+/// `x V diag(m / n)` with `V = W + s A B` and n the lengths of its columns, which get no gradient; nor does W.
+///
+/// # Shapes
+/// `x [t, d_in]`, `w [d_in, d_out]`, `down [d_in, r]`, `up [r, d_out]`, `magnitude [d_out]`; result `[t, d_out]`.
+///
+/// # Panics
+/// As Burn does, where sizes or element types differ.
+pub fn directed_linear(
+    x: Tensor<2>,
+    w: Tensor<2>,
+    down: Tensor<2>,
+    up: Tensor<2>,
+    magnitude: Tensor<1>,
+    scale: f32,
+) -> Tensor<2> {
+    let (down, up) = (down.into_dispatch(), up.into_dispatch());
+    let (x, w, magnitude) = (x.into_dispatch(), w.into_dispatch(), magnitude.into_dispatch());
+    Tensor::from_dispatch(Dispatch::directed_linear(x, w, down, up, magnitude, scale))
 }
 
 /// `x + x blockdiag(turn)`.

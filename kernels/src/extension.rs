@@ -13,8 +13,8 @@ use crate::gated::Activation;
 use crate::groups::Rounding;
 use crate::packed::{Layout, Operand, PackedParts};
 use crate::{
-    adam8, adamw, attention, block_rotation, column_scale, cross_entropy, gated, gemm, groups, linear, lowrank_linear,
-    packed, projected_linear, reduce, rms_norm, rotary, scaled_basis, stochastic_round, top_columns,
+    adam8, adamw, attention, block_rotation, column_scale, cross_entropy, directed_linear, gated, gemm, groups, linear,
+    lowrank_linear, packed, projected_linear, reduce, rms_norm, rotary, scaled_basis, stochastic_round, top_columns,
 };
 
 /// An optional float tensor in the signature of an operation.
@@ -204,6 +204,37 @@ pub trait LowRankOps: Backend {
         _has_bias: bool,
     ) -> (FloatTensor<Self>, FloatTensor<Self>) {
         column_scale::backward_reference::<Self>(kept, c, dy)
+    }
+
+    /// See [`crate::directed_linear`].
+    #[fusion(default)]
+    fn directed_linear(
+        x: FloatTensor<Self>,
+        w: FloatTensor<Self>,
+        down: FloatTensor<Self>,
+        up: FloatTensor<Self>,
+        magnitude: FloatTensor<Self>,
+        scale: f32,
+    ) -> FloatTensor<Self> {
+        directed_linear::forward::<Self>(x, w, down, up, magnitude, scale)
+    }
+
+    /// The weight of [`crate::directed_linear`], the lengths of the columns before they are scaled, and what they are scaled by.
+    #[fusion(default)]
+    fn directed_weight(
+        w: FloatTensor<Self>,
+        down: FloatTensor<Self>,
+        up: FloatTensor<Self>,
+        magnitude: FloatTensor<Self>,
+        scale: f32,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
+        directed_linear::reference::<Self>(w, down, up, magnitude, scale)
+    }
+
+    /// The dot product of every column of `a` with that of `b`: `[t, n]` each to `[n]`.
+    #[fusion(default)]
+    fn column_dots(a: FloatTensor<Self>, b: FloatTensor<Self>) -> FloatTensor<Self> {
+        directed_linear::dots_reference::<Self>(a, b)
     }
 
     /// See [`crate::block_rotation`].
@@ -480,6 +511,12 @@ mod flex {
         fn column_scale_backward(kept: T, c: T, dy: T, has_bias: bool) -> (T, T) {
             column_scale::backward_cpu(kept, c, dy, has_bias)
         }
+        fn directed_weight(w: T, down: T, up: T, magnitude: T, scale: f32) -> (T, T, T) {
+            directed_linear::cpu(w, down, up, magnitude, scale)
+        }
+        fn column_dots(a: T, b: T) -> T {
+            directed_linear::dots_cpu(a, b)
+        }
         fn block_rotation(x: T, turn: T) -> T {
             block_rotation::cpu(x, turn)
         }
@@ -616,6 +653,16 @@ mod autodiff {
             bias: Maybe<Self>,
         ) -> (FloatTensor<Self>, FloatTensor<Self>) {
             column_scale::autodiff::<B, C>(z, c, bias.option())
+        }
+        fn directed_linear(
+            x: FloatTensor<Self>,
+            w: FloatTensor<Self>,
+            down: FloatTensor<Self>,
+            up: FloatTensor<Self>,
+            magnitude: FloatTensor<Self>,
+            scale: f32,
+        ) -> FloatTensor<Self> {
+            directed_linear::autodiff::<B, C>(x, w.into_primitive(), down, up, magnitude, scale)
         }
         fn block_rotation(x: FloatTensor<Self>, turn: FloatTensor<Self>) -> FloatTensor<Self> {
             block_rotation::autodiff::<B, C>(x, turn)

@@ -10,6 +10,7 @@
 //! | [`factored_linear`] | `x W + b` that hands over `x` and `dy` instead of `dW` | arithmetic | gemm | as linear |
 //! | [`lowrank_shift`] | `x + s (x A) B` | arithmetic | gemm, accumulated into a copy of x | as lowrank_linear |
 //! | [`column_scale`] | `z * c + b`, c trained | memory | in place | reference |
+//! | [`directed_linear()`] | `x V diag(m / n)`, `V = W + s A B` with lengths n | arithmetic | one sweep over W, gemm | not used |
 //! | [`block_rotation`] | `x + x blockdiag(E)` | arithmetic | gemm on the columns of each block | reference |
 //! | [`scaled_basis`] | one basis under many diagonals | memory | one pass | reference |
 //! | [`rms_norm`] | RMS normalisation | memory | one pass | own |
@@ -43,6 +44,7 @@ mod attention;
 mod block_rotation;
 mod column_scale;
 mod cross_entropy;
+pub mod directed_linear;
 mod gated;
 mod gemm;
 pub mod groups;

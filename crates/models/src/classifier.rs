@@ -18,7 +18,7 @@ use lowrank_core::Projection;
 
 pub use batch::{ClassifierBatch, ClassifierInputs, Input, Labels};
 pub use config::{ClassifierConfig, Trunk};
-pub use load::{load, random};
+pub use load::{load, load_quantised, random, random_quantised};
 pub use save::{save, tensors};
 
 use crate::bert::TextStem;

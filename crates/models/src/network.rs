@@ -162,6 +162,11 @@ pub trait Network: Module {
         }
     }
 
+    /// Tells of a tensor every name that it may have in a checkpoint, the likeliest first.
+    fn names_on_disk(&self) -> Box<dyn Fn(&str) -> Vec<String>> {
+        Box::new(|name| vec![name.to_owned()])
+    }
+
     /// Module name of the token embedding that an adapter may change.
     fn embedding_name(&self) -> Option<&'static str>;
 

@@ -5,6 +5,7 @@
 use std::path::{Path, PathBuf};
 
 use burn::tensor::{Device, FloatDType, Tensor};
+use lowrank_core::quant::Quantisation;
 use lowrank_models::classifier::{self, Classifier, ClassifierBatch, ClassifierConfig, Input, Labels};
 use lowrank_models::hf::{Checkpoint, Dtype};
 use lowrank_models::network::Network;
@@ -154,6 +155,47 @@ fn what_is_written_reads_back_the_same() {
         assert_eq!(after.config.labels, names);
         let batch = if model == "tiny-vit" { images(&case) } else { texts(&case) };
         close(&host_values(before.logits(&batch)), after.logits(&batch), 1e-6);
+    }
+}
+
+/// Linear layers of blocks are packed from the values of the file; nothing else is, whatever is asked for.
+#[test]
+fn blocks_alone_are_packed() {
+    for (name, case) in [("tiny-bert", "forward_tiny-bert"), ("tiny-vit", "forward_tiny-vit")] {
+        let (folder, case) = (goldens().join("models").join(name), Case::open(case));
+        let ((mut dense, _), form) = (load(name, None), Quantisation { block: 32, ..Quantisation::INT8 });
+        let quantise = |_: &str| Some(form);
+        let load = |dtype| {
+            let device = Device::flex();
+            classifier::load_quantised(&folder, dtype, &quantise, &device, None, 7, &mut |_, _, _| {}).unwrap()
+        };
+        let (mut packed, fresh) = load(FloatDType::F32);
+        assert!(fresh.is_empty());
+        let mut held = vec![];
+        packed.for_each_projection(&mut |module, projection| {
+            held.push((module.to_owned(), projection.weight.is_quantised(), projection.weight.values()));
+        });
+        let mut index = 0;
+        dense.for_each_projection(&mut |module, projection| {
+            let (name, is_packed, values) = &held[index];
+            let in_block = module.contains(".layer");
+            assert_eq!((name.as_str(), *is_packed), (module, in_block));
+            let full = projection.weight.values();
+            let expected = if in_block { form.pack_tensor(full).dense(FloatDType::F32) } else { full };
+            assert_eq!(host_values(values.clone()), host_values(expected), "{module}");
+            index += 1;
+        });
+        let batch = if name == "tiny-vit" { images(&case) } else { texts(&case) };
+        close(&host_values(dense.logits(&batch)), packed.logits(&batch), 0.05);
+        // Codes are made of the file's values, not of those in the type of the run.
+        let (mut narrow, _) = load(FloatDType::BF16);
+        let mut index = 0;
+        narrow.for_each_projection(&mut |module, projection| {
+            if module.contains(".layer") {
+                assert_eq!(host_values(projection.weight.values()), host_values(held[index].2.clone()), "{module}");
+            }
+            index += 1;
+        });
     }
 }
 

@@ -118,13 +118,13 @@ pub fn fresh<M: Network>(
     style: ProgressStyle,
 ) -> Result<Adapter, Problem> {
     let name = settings.method.name();
-    let device = model.device();
+    let (device, names) = (model.device(), model.names_on_disk());
     let phase =
         starts_from_base(&settings.method).then(|| Phase::start(style, format!("starting {name} from the weights")));
     let fresh = Fresh {
         seed,
         statistics: measured,
-        original: &mut |module| original(folder, module, &device),
+        original: &mut |module| original(folder, module, &names, &device),
         progress: &mut |_, done, total| phase.iter().for_each(|phase| phase.update(done as u64, total as u64)),
     };
     let attached = adapters::attach(model, &settings, fresh);
@@ -174,8 +174,8 @@ pub fn resumed<M: Network>(
 /// # Errors
 /// It is missing, damaged, or does not fit.
 pub fn stored<M: Network>(model: &mut M, folder: &Path, base: &Path) -> Result<Adapter, Problem> {
-    let device = model.device();
-    let loaded = adapters::load_adapter_over(model, folder, &mut |module| original(base, module, &device));
+    let (device, names) = (model.device(), model.names_on_disk());
+    let loaded = adapters::load_adapter_over(model, folder, &mut |module| original(base, module, &names, &device));
     let (config, attached) = loaded.map_err(|error: AdapterError| {
         let what = format!("cannot use the adapter {}", folder.display());
         match folder.join("adapter_config.json").is_file() {
@@ -187,9 +187,15 @@ pub fn stored<M: Network>(model: &mut M, folder: &Path, base: &Path) -> Result<A
 }
 
 /// The weight of a module as the checkpoint holds it, `[d_in, d_out]` in f32.
-fn original(folder: &Path, module: &str, device: &Device) -> Result<Tensor<2>, HfError> {
-    let checkpoint = Checkpoint::open(folder)?;
-    let view = checkpoint.get(&format!("{module}.weight"))?;
+fn original(
+    folder: &Path,
+    module: &str,
+    names: &dyn Fn(&str) -> Vec<String>,
+    device: &Device,
+) -> Result<Tensor<2>, HfError> {
+    let (checkpoint, name) = (Checkpoint::open(folder)?, format!("{module}.weight"));
+    let held = names(&name).into_iter().find(|name| checkpoint.contains(name));
+    let view = checkpoint.get(&held.unwrap_or(name))?;
     let [d_out, d_in] = [0, 1].map(|axis| view.shape.get(axis).copied().unwrap_or(1));
     Ok(Tensor::<2>::from_data(TensorData::new(view.to_f32(), [d_out, d_in]), device).transpose())
 }

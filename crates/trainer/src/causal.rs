@@ -59,6 +59,12 @@ impl Batches for Loader {
     }
 }
 
+impl Session {
+    fn subject(&self) -> plan::Subject<'_> {
+        plan::Subject::Decoder(&self.decoder.config)
+    }
+}
+
 impl TrainingTask for Session {
     type Model = Decoder;
     type Data = Prepared;
@@ -115,11 +121,11 @@ impl TrainingTask for Session {
     }
 
     fn predicted(&self, config: &RunConfig) -> Option<Result<plan::Plan, Problem>> {
-        Some(plan::predict(config, &self.decoder.config, plan::machine_of(&self.device.description)))
+        Some(plan::predict(config, self.subject(), plan::machine_of(&self.device.description)))
     }
 
     fn savings(&self, config: &RunConfig, plan: &plan::Plan) -> Result<Vec<Suggestion>, Problem> {
-        suggestions(config, &self.decoder.config, plan::machine_of(&self.device.description), plan)
+        suggestions(config, self.subject(), plan::machine_of(&self.device.description), plan)
     }
 
     fn save_model(&self, config: &RunConfig, folder: &Path) -> Result<(), Problem> {

@@ -5,6 +5,7 @@ mod task;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
+use burn::tensor::FloatDType;
 use lowrank_models::classifier::{self, Classifier, ClassifierConfig, Input};
 use lowrank_models::hf::peft::ModulePattern;
 use lowrank_models::hf::{self, Tokenizer};
@@ -12,14 +13,14 @@ use lowrank_models::{ClassifierBatch, Network as _};
 
 use crate::attach;
 use crate::calibrate::{self, Measured, Plan};
-use crate::config::{AdapterConfig, ClassificationConfig, Dtype, Init, RunConfig, Task};
+use crate::config::{AdapterConfig, ClassificationConfig, Dtype, Init, QuantizationConfig, RunConfig, Task};
 use crate::data::{
     DataConfig, ImageRules, LabelRules, LabelledData, LabelledEvaluation, LoaderConfig, prepare_images, prepare_texts,
 };
 use crate::device::{self, ChosenDevice};
 use crate::error::Problem;
 use crate::progress::Phase;
-use crate::session::Adapter;
+use crate::session::{Adapter, Packing, announce_quantised};
 use crate::step::StepOptions;
 use crate::task::data_problem;
 
@@ -49,6 +50,8 @@ pub struct Source<'a> {
     pub device: &'a str,
     /// As in the configuration.
     pub dtype: Dtype,
+    /// How linear layers of blocks are held; none holds them as they are.
+    pub quantization: Option<&'a QuantizationConfig>,
     /// The data.
     pub data: &'a DataConfig,
 }
@@ -84,23 +87,18 @@ impl ClassifierSession {
         })?;
         let failed = || Problem::run(format!("cannot load the model in {}", folder.display()));
         let read = ClassifierConfig::read(&folder, None).map_err(|error| failed().source(error))?;
+        if let (Some(quantization), None) = (source.quantization, read.encoder()) {
+            let (key, model) = (quantization.key(), read.family.model_type);
+            let what = format!("[quantization.{key}] packs the linear layers of blocks, of which a {model} has none");
+            return Err(Problem::config(what).hint("leave the table out: convolutions are not quantised"));
+        }
         let reader = reader(config.task, &folder, &read)?;
         let table = config.classification.clone().unwrap_or_default();
         let rules =
             LabelRules { regression: table.regression, classes: known_classes(&table, source, &folder, &read)? };
         let data = read_data(config, source, &table, &reader, &read, &rules)?;
         let classes = data.train.classes().to_vec();
-        let (count, seed) = (Some(classes.len()), config.seed);
-        let phase = Phase::start(config.logging.progress, format!("loading {}", folder.display()));
-        let mut update = |_: &str, done: usize, total: usize| phase.update(done as u64, total as u64);
-        let loaded = match source.init {
-            Init::Pretrained => classifier::load(&folder, compute, &device.device, count, seed, &mut update),
-            Init::Random => {
-                classifier::random(&folder, compute, seed, count, &device.device).map(|model| (model, vec![]))
-            }
-        };
-        phase.finish();
-        let (mut model, fresh) = loaded.map_err(|error| failed().source(error))?;
+        let (mut model, fresh) = load_model(config, source, &folder, compute, &device, classes.len())?;
         model.set_labels(classes);
         if model.config.unused_dropout > 0.0 {
             tracing::info!("the model's dropout of attention weights ({}) is not applied", model.config.unused_dropout);
@@ -122,30 +120,38 @@ impl ClassifierSession {
         LabelledEvaluation::new(self.data.train.clone(), self.loader_config(config)).map_err(data_problem)
     }
 
-    /// Attaches a fresh adapter, or that of a checkpoint.
-    fn adapt(&mut self, config: &RunConfig, wanted: &AdapterConfig, checkpoint: Option<&Path>) -> Result<(), Problem> {
+    /// A session with a fresh adapter, or that of a checkpoint. A calibration measures the model at full precision, which is dropped
+    /// before a quantised one is read.
+    fn adapted(
+        config: &RunConfig,
+        source: &Source<'_>,
+        wanted: &AdapterConfig,
+        checkpoint: Option<&Path>,
+    ) -> Result<Self, Problem> {
         let mut settings = attach::settings(config, wanted)?;
-        self.save_whole(&mut settings)?;
+        let stored = checkpoint.filter(|_| attach::starts_from_base(&settings.method));
+        let measures = stored.is_none() && attach::needs_calibration(&settings.method);
+        let full = Source { quantization: source.quantization.filter(|_| !measures), ..source.clone() };
+        let mut session = Self::open_from(config, &full)?;
         // peft has a class for texts, and none for images.
         settings.task_type = (config.task == Task::SequenceClassification).then(|| "SEQ_CLS".to_owned());
-        let adapter = match checkpoint.filter(|_| attach::starts_from_base(&settings.method)) {
-            Some(checkpoint) => attach::resumed(&mut self.model, &settings, checkpoint, &self.folder)?,
-            None => {
-                let measured = self.measure(config, &settings)?;
-                let (folder, style) = (&self.folder, config.logging.progress);
-                attach::fresh(&mut self.model, settings, &measured, folder, config.seed, style)?
-            }
-        };
-        self.adapter = Some(adapter);
-        Ok(())
+        save_whole(&mut settings, &session.model.config, &session.fresh)?;
+        let measured = if measures { session.measure(config, &settings)? } else { Measured::new() };
+        if measures && source.quantization.is_some() {
+            drop(session);
+            session = Self::open_from(config, source)?;
+        }
+        let (model, folder, style) = (&mut session.model, &session.folder, config.logging.progress);
+        session.adapter = Some(match stored {
+            Some(checkpoint) => attach::resumed(model, &settings, checkpoint, folder)?,
+            None => attach::fresh(model, settings, &measured, folder, config.seed, style)?,
+        });
+        Ok(session)
     }
 
-    /// Runs the calibration pass of an adapter's start on the first training examples; nothing for most methods.
+    /// Runs the calibration pass of an adapter's start on the first training examples.
     fn measure(&mut self, config: &RunConfig, settings: &hf::AdapterConfig) -> Result<Measured, Problem> {
         let wanted = attach::wanted(&self.model, settings)?;
-        if wanted.is_empty() {
-            return Ok(Measured::new());
-        }
         let (table, loading) = (config.calibration.clone().unwrap_or_default(), self.loader_config(config));
         let examples: Vec<usize> = (0..self.data.train.len().min(table.samples)).collect();
         let chunks = examples.chunks(table.batch_size.max(1));
@@ -166,21 +172,6 @@ impl ClassifierSession {
         calibrate::measure(&mut self.model, &plan)
     }
 
-    /// Adds to the modules that are trained whole: the head, as peft does, and all that the base's checkpoint does not have,
-    /// which nobody could read again.
-    fn save_whole(&self, settings: &mut hf::AdapterConfig) -> Result<(), Problem> {
-        let head = self.model.head.linear.iter().last().map(|(name, _)| name.split('.').next().unwrap_or(name));
-        let fresh = self.fresh.iter().filter_map(|name| Some(name.rsplit_once('.')?.0));
-        for module in head.into_iter().chain(fresh) {
-            if !settings.saves(module) {
-                let pattern = ModulePattern::part(module)
-                    .map_err(|reason| Problem::run(format!("cannot save {module} whole: {reason}")))?;
-                settings.modules_to_save.push(pattern);
-            }
-        }
-        Ok(())
-    }
-
     fn loader_config(&self, config: &RunConfig) -> LoaderConfig {
         let pad_id = match &self.reader {
             Reader::Texts(tokenizer) => tokenizer.pad_id(),
@@ -196,6 +187,59 @@ impl ClassifierSession {
             pad_to_multiple_of: config.data.pad_to_multiple_of,
         }
     }
+}
+
+/// Reads the model with a head for so many classes. Returns with it the parameters that the checkpoint does not have.
+fn load_model(
+    config: &RunConfig,
+    source: &Source<'_>,
+    folder: &Path,
+    compute: FloatDType,
+    device: &ChosenDevice,
+    classes: usize,
+) -> Result<(Classifier, Vec<String>), Problem> {
+    let packing = source.quantization.map(Packing::frozen).transpose()?.unwrap_or_default();
+    let quantise = |module: &str| packing.of(module);
+    let (count, seed, at) = (Some(classes), config.seed, &device.device);
+    let phase = Phase::start(config.logging.progress, format!("loading {}", folder.display()));
+    let mut update = |_: &str, done: usize, total: usize| phase.update(done as u64, total as u64);
+    let loaded = match source.init {
+        Init::Pretrained => classifier::load_quantised(folder, compute, &quantise, at, count, seed, &mut update),
+        Init::Random => {
+            classifier::random_quantised(folder, compute, &quantise, seed, count, at).map(|model| (model, vec![]))
+        }
+    };
+    phase.finish();
+    let loaded =
+        loaded.map_err(|error| Problem::run(format!("cannot load the model in {}", folder.display())).source(error))?;
+    if let Some(key) = packing.frozen_as {
+        announce_quantised(&loaded.0, key)?;
+        let dense = loaded.0.head.linear.iter().map(|(name, _)| name).filter(|name| packing.of(name).is_some());
+        let dense: Vec<&str> = dense.collect();
+        if !dense.is_empty() {
+            tracing::info!("not held in {key}, as part of the head: {}", dense.join(", "));
+        }
+    }
+    Ok(loaded)
+}
+
+/// Adds to the modules that are trained whole: the head, as peft does, and all that the base's checkpoint does not have (`fresh`
+/// parameters), which nobody could read again.
+///
+/// # Errors
+/// A name that is no regular expression.
+pub fn save_whole(settings: &mut hf::AdapterConfig, model: &ClassifierConfig, fresh: &[String]) -> Result<(), Problem> {
+    let layout = model.layout();
+    let head = layout.head.parts.last().map(|part| part.name.split('.').next().unwrap_or(&part.name));
+    let fresh = fresh.iter().filter_map(|name| Some(name.rsplit_once('.')?.0));
+    for module in head.into_iter().chain(fresh) {
+        if !settings.saves(module) {
+            let pattern = ModulePattern::part(module)
+                .map_err(|reason| Problem::run(format!("cannot save {module} whole: {reason}")))?;
+            settings.modules_to_save.push(pattern);
+        }
+    }
+    Ok(())
 }
 
 /// Tells of a batch the rows of its hidden states, and which of them are the tokens of each sample, without padding.

@@ -50,7 +50,7 @@ pub struct Session {
 pub(crate) struct Packing {
     layers: Option<(hf::AdapterConfig, Quantisation)>,
     /// The table that says so, where the codes are frozen.
-    frozen_as: Option<&'static str>,
+    pub(crate) frozen_as: Option<&'static str>,
 }
 
 impl Packing {
@@ -254,10 +254,11 @@ fn quantisation(quantization: &QuantizationConfig) -> Quantisation {
 }
 
 /// Tells what the packed layers take, or that there is none.
-fn announce_quantised(decoder: &Decoder, key: &str) -> Result<(), Problem> {
+pub(crate) fn announce_quantised<M: Network>(model: &M, key: &str) -> Result<(), Problem> {
     let (mut layers, mut values, mut bytes) = (0, 0, 0);
-    let mut decoder = decoder.clone();
-    decoder.for_each_projection(&mut |_, projection| {
+    let (mut model, mut example) = (model.clone(), None);
+    model.for_each_projection(&mut |module, projection| {
+        example.get_or_insert_with(|| module.rsplit('.').next().unwrap_or(module).to_owned());
         if projection.weight.is_quantised() {
             layers += 1;
             values += projection.dims().iter().product::<usize>();
@@ -265,8 +266,9 @@ fn announce_quantised(decoder: &Decoder, key: &str) -> Result<(), Problem> {
         }
     });
     if layers == 0 {
+        let example = example.unwrap_or_default();
         return Err(Problem::config(format!("quantization.{key}.target_modules match no linear layer of the model"))
-            .hint("use \"all-linear\" or names such as q_proj"));
+            .hint(format!("use \"all-linear\" or names such as {example}")));
     }
     let bits = 8.0 * bytes as f64 / values as f64;
     tracing::info!("{layers} layers are held in {key}: {}, {bits:.3} bits a value", bytes_text(bytes as u64));

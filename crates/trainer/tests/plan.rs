@@ -12,13 +12,15 @@ use lowrank_core::adapters::Statistics;
 use lowrank_core::optim::adamw::StepRule;
 use lowrank_core::quant::Quantisation;
 use lowrank_core::random::Stream;
+use lowrank_models::classifier::{self, Classifier, ClassifierConfig, Input, Labels};
 use lowrank_models::config::DecoderConfig;
-use lowrank_models::network::head_chunk;
-use lowrank_models::{Batch, Decoder, hf, load, parameters, save};
+use lowrank_models::network::{Network, NetworkBatch};
+use lowrank_models::{Batch, ClassifierBatch, Decoder, hf, load, parameters, save};
 use lowrank_train::attach;
+use lowrank_train::classification::save_whole;
 use lowrank_train::config::{Dtype, ProgressStyle, QuantizationConfig, RunConfig};
 use lowrank_train::optimizer;
-use lowrank_train::plan::{self, Machine, Plan, show};
+use lowrank_train::plan::{self, Machine, Plan, Subject, show};
 use lowrank_train::step::StepOptions;
 use lowrank_train::train_loop::{StepPlan, optimizer_step};
 
@@ -223,6 +225,70 @@ const CASES: &[(&str, &str, &str)] = &[
     ("ldadam", LLAMA, "data.max_seq_length = 256\noptimizer.ldadam = { rank = 32 }"),
 ];
 
+/// Norms behind the sums, positions for 512 tokens: 3.9 million parameters.
+const BERT: &str = r#"{"model_type": "bert", "architectures": ["BertForSequenceClassification"], "hidden_size": 256,
+    "intermediate_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 8, "vocab_size": 2000, "type_vocab_size": 2,
+    "max_position_embeddings": 512, "hidden_dropout_prob": 0.0, "initializer_range": 0.02}"#;
+/// The same with the dropout that most checkpoints have.
+const BERT_DROPS: &str = r#"{"model_type": "bert", "architectures": ["BertForSequenceClassification"], "hidden_size": 256,
+    "intermediate_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 8, "vocab_size": 2000, "type_vocab_size": 2,
+    "max_position_embeddings": 512, "hidden_dropout_prob": 0.1, "initializer_range": 0.02}"#;
+/// Norms before the layers, 65 patches and tokens of an image: 2.4 million parameters.
+const VIT: &str = r#"{"model_type": "vit", "architectures": ["ViTForImageClassification"], "hidden_size": 192,
+    "intermediate_size": 768, "num_hidden_layers": 5, "num_attention_heads": 6, "image_size": 128, "patch_size": 16,
+    "num_channels": 3, "hidden_dropout_prob": 0.0, "initializer_range": 0.02}"#;
+
+const CLASSIFIERS: &[(&str, &str, &str)] = &[
+    ("bert, full", BERT, "data.max_seq_length = 256"),
+    ("bert, full, long", BERT, "data.max_seq_length = 1024"),
+    ("bert, full, short", BERT, "data.max_seq_length = 32"),
+    ("bert, full, dropout", BERT_DROPS, "data.max_seq_length = 256"),
+    ("bert, lora", BERT, "data.max_seq_length = 256\ntraining.micro_batch_size = 4\nadapter.lora.r = 8"),
+    ("bert, lora, dropout", BERT_DROPS, "data.max_seq_length = 512\nadapter.lora = { r = 8, lora_dropout = 0.1 }"),
+    (
+        "bert, lora, rebuilt blocks",
+        BERT,
+        "data.max_seq_length = 512\nadapter.lora.r = 8\ntraining.gradient_checkpointing = 'block'",
+    ),
+    ("bert, lora, bf16", BERT, "data.max_seq_length = 256\nadapter.lora.r = 8\ndtype = 'bf16'"),
+    ("bert, dora", BERT, "data.max_seq_length = 512\nadapter.dora.r = 8"),
+    ("bert, qlora", BERT, "data.max_seq_length = 512\nadapter.lora.r = 8\nquantization.nf4 = {}"),
+    ("bert, galore", BERT, "data.max_seq_length = 128\noptimizer.galore = { rank = 32, update_proj_gap = 4 }"),
+    ("vit, full", VIT, "training.micro_batch_size = 4"),
+    ("vit, lora", VIT, "training.micro_batch_size = 8\nadapter.lora.r = 8"),
+    ("vit, qlora", VIT, "training.micro_batch_size = 8\nadapter.lora.r = 8\nquantization.nf4 = {}"),
+];
+
+/// The classifier of a case, as a run makes it.
+fn classifier(folder: &std::path::Path, config: &RunConfig) -> Classifier {
+    let device = lowrank_train::device::choose("cpu").unwrap().device;
+    let dtype = if config.dtype == Dtype::Bf16 { FloatDType::BF16 } else { FloatDType::F32 };
+    let packs = config.quantization.is_some();
+    let quantise = |_: &str| packs.then_some(Quantisation::NF4);
+    let mut model = classifier::random_quantised(folder, dtype, &quantise, 1, None, &device).unwrap();
+    let Some(adapter) = &config.adapter else { return parameters::set_trained(model, |_| Some(true)) };
+    let mut settings = attach::settings(config, adapter).unwrap();
+    save_whole(&mut settings, &model.config, &[]).unwrap();
+    attach::fresh(&mut model, settings, &Default::default(), folder, 1, ProgressStyle::None).unwrap();
+    model
+}
+
+fn classifier_batch(config: &RunConfig, model: &ClassifierConfig) -> ClassifierBatch {
+    let (rows, stream) = (config.training.micro_batch_size, Stream::new(1, "inputs"));
+    let input = match model.image() {
+        Some((channels, Some([height, width]))) => {
+            let values = 0..(rows * channels * height * width) as u64;
+            Input::Image { rows, channels, height, width, pixels: values.map(|i| stream.normal(i) as f32).collect() }
+        }
+        _ => {
+            let cols = config.data.max_seq_length.min(model.max_tokens().unwrap());
+            let ids = (0..(rows * cols) as u64).map(|i| (3 + stream.bits(i) % 1990) as i32).collect();
+            Input::Text { rows, cols, ids, types: vec![0; rows * cols], mask: vec![1; rows * cols] }
+        }
+    };
+    ClassifierBatch { input, labels: Labels::Classes((0..rows as i32).map(|row| row % 2).collect()), records: vec![] }
+}
+
 /// The model of a case, as a run makes it.
 fn model(folder: &std::path::Path, config: &RunConfig) -> Decoder {
     let device = lowrank_train::device::choose("cpu").unwrap().device;
@@ -269,20 +335,17 @@ fn batch(config: &RunConfig, vocab: usize, key: u64) -> Batch {
 }
 
 /// Most bytes of the first steps of a run, beyond those before its model was made.
-fn measured(folder: &std::path::Path, config: &RunConfig, steps: u64) -> u64 {
+fn measured<M: Network>(config: &RunConfig, make: impl Fn() -> M, batches: &[M::Batch], steps: u64) -> u64 {
     let before = LIVE.load(Ordering::Relaxed);
-    let mut decoder = model(folder, config);
-    let mut optimizer = optimizer::build(config, &mut decoder).unwrap();
-    let vocab = decoder.config.vocab_size;
+    let mut model = make();
+    let mut optimizer = optimizer::build(config, &mut model).unwrap();
     let training = &config.training;
     let options = StepOptions {
         checkpointing: training.gradient_checkpointing,
-        head_chunk_tokens: training.head_chunk_tokens.unwrap_or_else(|| head_chunk(vocab)),
+        head_chunk_tokens: training.head_chunk_tokens.unwrap_or_else(|| model.default_head_chunk()),
         seed: 0,
     };
-    let batches: Vec<Batch> =
-        (0..training.gradient_accumulation_steps as u64).map(|key| batch(config, vocab, key)).collect();
-    let targets: usize = batches.iter().map(Batch::target_count).sum();
+    let targets: usize = batches.iter().map(NetworkBatch::target_count).sum();
     PEAK.store(LIVE.load(Ordering::Relaxed), Ordering::Relaxed);
     for step in 0..steps {
         let plan = StepPlan {
@@ -294,10 +357,39 @@ fn measured(folder: &std::path::Path, config: &RunConfig, steps: u64) -> u64 {
             rule: &|_, _, gradient_scale| StepRule { learning_rate: 1e-4, weight_decay: 0.0, gradient_scale },
             immediate: optimizer::updates_immediately(config),
         };
-        let report = optimizer_step(&mut decoder, &mut optimizer, &batches, &plan);
+        let report = optimizer_step(&mut model, &mut optimizer, batches, &plan);
         assert!(report.applied, "{report:?}");
     }
     (PEAK.load(Ordering::Relaxed) - before) as u64
+}
+
+/// Predicted and measured memory of a case.
+fn compare(model_json: &str, settings: &str, is_classifier: bool) -> (Plan, u64) {
+    let folder = tempfile::tempdir().unwrap();
+    let place = folder.path();
+    std::fs::write(place.join("config.json"), model_json).unwrap();
+    let text = format!("{settings}\ntraining.max_steps = {STEPS}\ndata.train = 'none'\n");
+    let config: RunConfig = toml::from_str(&text).unwrap();
+    let machine = Machine::Cpu { threads: 2 };
+    // The first step leaves scratch of threads and libraries, which stays.
+    if is_classifier {
+        let model = ClassifierConfig::read(place, None).unwrap();
+        let plan = plan::predict(&config, Subject::Classifier { config: &model, fresh: &[] }, machine).unwrap();
+        let batches = [classifier_batch(&config, &model)];
+        let run = |steps| measured(&config, || classifier(place, &config), &batches, steps);
+        run(1);
+        return (plan, run(STEPS));
+    }
+    if settings.contains("quantization") {
+        write_weights(place);
+    }
+    let decoder = DecoderConfig::read(place).unwrap();
+    let plan = plan::predict(&config, &decoder, machine).unwrap();
+    let micro_batches = config.training.gradient_accumulation_steps as u64;
+    let batches: Vec<Batch> = (0..micro_batches).map(|key| batch(&config, decoder.vocab_size, key)).collect();
+    let run = |steps| measured(&config, || model(place, &config), &batches, steps);
+    run(1);
+    (plan, run(STEPS))
 }
 
 fn line(name: &str, plan: &Plan, measured: u64) -> String {
@@ -320,18 +412,9 @@ fn predictions_are_within_a_tenth_of_what_is_allocated() {
     rayon::ThreadPoolBuilder::new().num_threads(2).build_global().unwrap();
     let wanted = std::env::var("PLAN_CASE").unwrap_or_default();
     let (mut lines, mut wrong) = (vec![], 0);
-    for (name, model, settings) in CASES.iter().filter(|(name, ..)| name.contains(&wanted)) {
-        let folder = tempfile::tempdir().unwrap();
-        std::fs::write(folder.path().join("config.json"), model).unwrap();
-        if settings.contains("quantization") {
-            write_weights(folder.path());
-        }
-        let text = format!("{settings}\ntraining.max_steps = {STEPS}\ndata.train = 'none'\n");
-        let config: RunConfig = toml::from_str(&text).unwrap();
-        measured(folder.path(), &config, 1); // scratch of threads and libraries, which stays
-        let decoder = DecoderConfig::read(folder.path()).unwrap();
-        let plan = plan::predict(&config, &decoder, Machine::Cpu { threads: 2 }).unwrap();
-        let measured = measured(folder.path(), &config, STEPS);
+    let cases = CASES.iter().map(|case| (case, false)).chain(CLASSIFIERS.iter().map(|case| (case, true)));
+    for ((name, model, settings), is_classifier) in cases.filter(|((name, ..), _)| name.contains(&wanted)) {
+        let (plan, measured) = compare(model, settings, is_classifier);
         let error = (plan.peak_bytes as f64 / measured as f64 - 1.0).abs();
         wrong += usize::from(error > TOLERANCE);
         lines.push(line(name, &plan, measured));

@@ -320,13 +320,20 @@ save_steps = 3
 save_total_limit = 2
 "#;
 
-/// A classifier of sentences, and one of images, which are decoded ahead and half of them mirrored.
+/// A classifier of sentences, and one of images, which are decoded ahead and half of them mirrored, also on packed weights.
 #[test]
 fn killed_classifiers_give_the_same_bits() {
     let flip = format!("{CLASSIFIER}[classification]\nrandom_flip = true\n");
     let labelled = ["tiny-bert", "data/smoke/labelled.jsonl", "data/smoke/labelled-eval.jsonl"];
     let images = ["tiny-vit", "data/smoke/images/train", "data/smoke/images/eval"];
-    let scenes = [("sequence_classification", labelled, CLASSIFIER), ("image_classification", images, flip.as_str())];
+    // What a start took out of the weights of the file is packed again.
+    let pissa = CLASSIFIER.replace("[adapter.lora]", "[adapter.pissa]");
+    let pissa = format!("{pissa}[quantization.nf4]\nblock_size = 32\n");
+    let scenes = [
+        ("sequence_classification", labelled, CLASSIFIER),
+        ("image_classification", images, flip.as_str()),
+        ("image_classification", images, pissa.as_str()),
+    ];
     for (task, files, tables) in scenes {
         let scene = Scene::of(task, files, tables);
         scene.finish("whole", &[]);

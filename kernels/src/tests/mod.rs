@@ -12,6 +12,7 @@ mod attention;
 mod block_rotation;
 mod column_scale;
 mod cross_entropy;
+mod directed_linear;
 mod gated;
 mod gemm;
 mod groups;

@@ -60,6 +60,12 @@ fn row_operations() {
         let (dz, dc) = Flex::column_scale_backward(kept, gamma.clone(), z.clone(), false);
         vec![y, dz, dc]
     });
+    let (w, factors) = (random.tensor(&[300, 577]), [random.tensor(&[300, 8]), random.tensor(&[8, 577])]);
+    assert_same_bits("directed_linear", || {
+        let [down, up] = factors.clone();
+        let (u, lengths, c) = Flex::directed_weight(w.clone(), down, up, gamma.clone(), 0.5);
+        vec![u, lengths, c, Flex::column_dots(x.clone(), y.clone())]
+    });
     let (wide, turn) = (random.tensor(&[600, 96]), random.tensor(&[3, 32, 32]));
     assert_same_bits("block_rotation", || {
         vec![

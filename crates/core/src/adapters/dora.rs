@@ -13,13 +13,16 @@
 //!
 //! Trained: A, B and m, `r (d_in + d_out) + d_out` values. Start: A and B as LoRA, m = n.
 //!
-//! The norm is exact and builds no V: `n_j^2 = ||W_j||^2 + 2 s <(A^T W)_j, B_j> + s^2 <(A^T A B)_j, B_j>`. Cost of a pass
-//! beside LoRA: `2 r d_in d_out` flops (one read of W) for `A^T W`, `2 r^2 (d_in + d_out)` for the rest, and the scaling of
-//! the outputs, `8 t d_out` bytes forward and `12 t d_out` backward. Saved beside what LoRA saves: `[t, d_out]` for the
-//! gradient of m, which on the CPU is the output itself where it has no bias: free where the next operation keeps that
-//! output too (gate and up projections, values). With dropout one more product with W. The references form `A B` every
-//! step. `A^T W` is taken in the type of the run (whose rounding reaches n only through what A B adds to W) and everything
-//! else in f32. n is at least 1e-12: a column of zeros divides by that and not by 0.
+//! Two forms, chosen by counting ([`Form`]), with the same exact norm. With many rows on a CPU, `V diag(m / n)` is built for the
+//! time of a product: see [`lowrank_kernels::directed_linear`](mod@lowrank_kernels::directed_linear) for what it costs. Else no V
+//! is built: `n_j^2 = ||W_j||^2 + 2 s <(A^T W)_j, B_j> + s^2 <(A^T A B)_j, B_j>`, and the outputs are scaled. Cost of a pass then
+//! beside LoRA: `2 r d_in d_out` flops (one read of W) for `A^T W`, `2 r^2 (d_in + d_out)` for the rest, and the scaling,
+//! `8 t d_out` bytes forward and `12 t d_out` backward.
+//!
+//! Saved beside what LoRA saves: `[t, d_out]` for the gradient of m, which on the CPU is the output itself where it has no bias:
+//! free where the next operation keeps that output too (gate and up projections, values). With dropout one more product with W.
+//! The references form `A B` every step. `A^T W` is taken in the type of the run (whose rounding reaches n only through what A B
+//! adds to W) and everything else in f32. n is at least 1e-12: a column of zeros divides by that and not by 0.
 
 use burn::module::{Module, Param};
 use burn::tensor::{FloatDType, Tensor};
@@ -32,6 +35,25 @@ use crate::lowrank::{cast, dropout_mask};
 
 /// Least squared length of a column.
 const LEAST_SQUARE: f64 = 1e-24;
+
+/// How the adapted product is taken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Form {
+    /// By a weight that is built for it.
+    Built,
+    /// By W and the factors, with scaled outputs.
+    Scaled,
+}
+
+impl Form {
+    /// For `t` rows and `W [m, n]`. A weight is built on a CPU alone, of dense f32 values.
+    pub fn of(is_dense_on_cpu: bool, t: usize, [m, n]: [usize; 2]) -> Self {
+        match is_dense_on_cpu && kernels::directed_linear::builds_are_cheaper(t, m, n) {
+            true => Self::Built,
+            false => Self::Scaled,
+        }
+    }
+}
 
 /// What one projection gets.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -120,20 +142,30 @@ impl Dora {
     /// device's generator when `training` is set.
     pub fn forward(&self, x: Tensor<2>, weight: Weight, bias: Option<Tensor<1>>, training: bool) -> Tensor<2> {
         let dtype = x.dtype().into();
-        let ratio = self.ratio(&weight, dtype);
-        let LowRank { down, up, scale, dropout, .. } = &self.lowrank;
-        let (down, up) = (cast(down.val(), dtype), cast(up.val(), dtype));
-        if !training || *dropout == 0.0 {
-            let directions = kernels::lowrank_linear(x, weight, None, None, down, up, *scale);
-            return kernels::column_scale(directions, ratio, bias);
+        let dropout = self.lowrank.dropout;
+        if !training || dropout == 0.0 {
+            return self.adapted(x, weight, bias);
         }
-        let dropped = x.clone() * dropout_mask(x.dims(), *dropout, dtype, &x.device());
+        let dropped = x.clone() * dropout_mask(x.dims(), dropout, dtype, &x.device());
         let rest = kernels::linear(x - dropped.clone(), weight.clone(), bias);
-        rest + kernels::column_scale(
-            kernels::lowrank_linear(dropped, weight, None, None, down, up, *scale),
-            ratio,
-            None,
-        )
+        rest + self.adapted(dropped, weight, None)
+    }
+
+    /// The same without dropout.
+    fn adapted(&self, x: Tensor<2>, weight: Weight, bias: Option<Tensor<1>>) -> Tensor<2> {
+        let dtype: FloatDType = x.dtype().into();
+        let LowRank { down, up, scale, .. } = &self.lowrank;
+        let (down, up) = (cast(down.val(), dtype), cast(up.val(), dtype));
+        let is_plain = dtype == FloatDType::F32 && bias.is_none() && kernels::is_cpu(&x.device());
+        match weight {
+            Weight::Dense(w) if Form::of(is_plain, x.dims()[0], w.dims()) == Form::Built => {
+                kernels::directed_linear(x, w, down, up, self.magnitude.val(), *scale)
+            }
+            weight => {
+                let ratio = self.ratio(&weight, dtype);
+                kernels::column_scale(kernels::lowrank_linear(x, weight, None, None, down, up, *scale), ratio, bias)
+            }
+        }
     }
 
     /// `(W + s A B) * (m / n)` in f32, with n of the sum itself.
@@ -191,6 +223,36 @@ mod tests {
             let ones = bias.clone().unsqueeze::<2>();
             let scaled = run(magnitude.clone() * 3.0, Some(bias.clone())) - ones;
             assert_near("m c", &scaled, &(run(magnitude, None) * 3.0), 1e-6);
+        }
+    }
+
+    /// The two forms are one function, also of their gradients.
+    #[test]
+    fn a_built_weight_does_what_scaled_outputs_do() {
+        let (weight, rows) = (weight(20, 33), 400);
+        assert_eq!(Form::of(true, rows, [20, 33]), Form::Built);
+        assert_eq!(Form::of(false, rows, [20, 33]), Form::Scaled);
+        let (adapter, dy) = (dora(&weight, 4, 1.5), normal("dy", rows, 33));
+        let run = |parts: &[usize]| {
+            let adapter = adapter.clone().train();
+            let x = Tensor::from_inner(normal("x", rows, 20)).require_grad();
+            let weight = Weight::Dense(Tensor::from_inner(weight.clone()));
+            let mut first = 0;
+            let pieces = parts.iter().map(|&count| {
+                first += count;
+                adapter.forward(x.clone().narrow(0, first - count, count), weight.clone(), None, true)
+            });
+            let y = Tensor::cat(pieces.collect(), 0);
+            let mut gradients = (y.clone() * Tensor::from_inner(dy.clone())).sum().backward();
+            let magnitude = adapter.magnitude.val().grad_remove(&mut gradients).unwrap().reshape([1, 33]);
+            let factors = [&adapter.lowrank.down, &adapter.lowrank.up].map(|factor| factor.val());
+            let [down, up] = factors.map(|factor| factor.grad_remove(&mut gradients).unwrap());
+            [y.inner(), x.grad_remove(&mut gradients).unwrap(), down, up, magnitude]
+        };
+        assert_eq!(Form::of(true, 8, [20, 33]), Form::Scaled);
+        let (built, scaled) = (run(&[rows]), run(&[8; 50]));
+        for (what, (built, scaled)) in ["y", "dx", "dA", "dB", "dm"].into_iter().zip(built.iter().zip(&scaled)) {
+            assert_near(what, built, scaled, 2e-6);
         }
     }
 

@@ -1,4 +1,7 @@
 //! From a checkpoint folder, or from nothing but its `config.json`, to a [`Classifier`] on a device.
+//!
+//! Linear layers of blocks can be packed as they are read, as those of a decoder are ([`crate::load`]). What is not in a block is
+//! never packed: embeddings, the map of patches, norms, and the head, which is trained whole.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -7,18 +10,20 @@ use std::sync::Arc;
 use burn::module::Param;
 use burn::tensor::{Device, FloatDType, Tensor, TensorData};
 use lowrank_core::Projection;
+use lowrank_core::base::{Base, PackedBase};
 use lowrank_core::conv::ConvProjection;
+use lowrank_core::quant::Quantisation;
 use lowrank_core::random::Stream;
 
 use super::config::{ClassifierConfig, ClassifierFamily, Trunk};
-use super::layout::{Kind, Layout, Part, Segment, Start, TensorSpec};
+use super::layout::{Kind, Layout, Part, Segment, Start, TensorSpec, join};
 use super::{Block, Classifier, Head, Stem};
 use crate::bert::TextStem;
 use crate::convnet::{BatchNorm, ConvStem, ResidualBlock};
 use crate::decoder::Embedding;
 use crate::encoder::{EncoderBlock, LayerNorm};
 use crate::hf::{Checkpoint, HfError};
-use crate::load::{LoadError, Progress, tensor, tensor_data};
+use crate::load::{LoadError, Progress, Quantise, tensor, tensor_data};
 use crate::series::Series;
 use crate::vit::PatchStem;
 
@@ -36,13 +41,31 @@ pub fn load(
     seed: u64,
     progress: Progress<'_>,
 ) -> Result<(Classifier, Vec<String>), LoadError> {
+    load_quantised(folder, dtype, &|_| None, device, num_labels, seed, progress)
+}
+
+/// As [`load`], with the weights of some linear layers packed.
+///
+/// # Errors
+/// As [`load`]; a weight that is not finite, a format that does not exist.
+pub fn load_quantised(
+    folder: &Path,
+    dtype: FloatDType,
+    quantise: Quantise<'_>,
+    device: &Device,
+    num_labels: Option<usize>,
+    seed: u64,
+    progress: Progress<'_>,
+) -> Result<(Classifier, Vec<String>), LoadError> {
     let config = ClassifierConfig::read(folder, num_labels)?;
     let checkpoint = Checkpoint::open(folder)?;
     let found = Found::look_up(&config, &checkpoint)?;
     let range = config.initializer_range;
-    let classifier = build(config, dtype, device, progress, |spec| match found.names.get(&spec.name) {
-        Some(name) => Ok(tensor_data(&checkpoint, name, dtype)?),
-        None => Ok(fresh(spec, seed, range, dtype)),
+    let classifier = build(config, dtype, quantise, device, progress, |spec, dtype| {
+        Ok(match found.names.get(&spec.name) {
+            Some(name) => tensor_data(&checkpoint, name, dtype)?,
+            None => fresh(spec, seed, range, dtype),
+        })
     })?;
     Ok((classifier, found.fresh))
 }
@@ -58,9 +81,25 @@ pub fn random(
     num_labels: Option<usize>,
     device: &Device,
 ) -> Result<Classifier, LoadError> {
+    random_quantised(folder, dtype, &|_| None, seed, num_labels, device)
+}
+
+/// As [`random`], with the weights of some linear layers packed.
+///
+/// # Errors
+/// As [`random`]; a format that does not exist.
+pub fn random_quantised(
+    folder: &Path,
+    dtype: FloatDType,
+    quantise: Quantise<'_>,
+    seed: u64,
+    num_labels: Option<usize>,
+    device: &Device,
+) -> Result<Classifier, LoadError> {
     let config = ClassifierConfig::read(folder, num_labels)?;
     let range = config.initializer_range;
-    build(config, dtype, device, &mut |_, _, _| {}, |spec| Ok(fresh(spec, seed, range, dtype)))
+    let values = |spec: &TensorSpec, dtype| Ok(fresh(spec, seed, range, dtype));
+    build(config, dtype, quantise, device, &mut |_, _, _| {}, values)
 }
 
 fn fresh(spec: &TensorSpec, seed: u64, range: f64, dtype: FloatDType) -> TensorData {
@@ -116,7 +155,7 @@ pub(super) fn name_on_disk(family: &ClassifierFamily, name: &str) -> String {
 }
 
 /// Every name that a tensor may have in a file, the likeliest first.
-fn names_on_disk(family: &ClassifierFamily, name: &str) -> Vec<String> {
+pub(super) fn names_on_disk(family: &ClassifierFamily, name: &str) -> Vec<String> {
     let mut names = vec![name_on_disk(family, name), name.to_owned()];
     for index in 0..names.len() {
         let old = family.old_names.iter().fold(names[index].clone(), |name, (now, then)| name.replace(now, then));
@@ -132,22 +171,26 @@ fn names_on_disk(family: &ClassifierFamily, name: &str) -> Vec<String> {
 /// Makes modules from the tensors that `next` gives.
 struct Maker<'a, F> {
     next: F,
+    dtype: FloatDType,
+    quantise: Quantise<'a>,
     device: &'a Device,
     done: usize,
     total: usize,
     progress: Progress<'a>,
 }
 
-impl<F: FnMut(&TensorSpec) -> Result<TensorData, LoadError>> Maker<'_, F> {
+impl<F: FnMut(&TensorSpec, FloatDType) -> Result<TensorData, LoadError>> Maker<'_, F> {
+    /// A tensor as it lies on disk.
+    fn one(&mut self, spec: &TensorSpec, dtype: FloatDType) -> Result<TensorData, LoadError> {
+        self.done += 1;
+        (self.progress)(&spec.name, self.done, self.total);
+        (self.next)(spec, dtype)
+    }
+
     /// The tensors of a module, as they lie on disk.
     fn data(&mut self, segment: &Segment, part: &Part) -> Result<Vec<TensorData>, LoadError> {
-        let tensors = part.tensors(&segment.name);
-        let next = |spec: &TensorSpec| {
-            self.done += 1;
-            (self.progress)(&spec.name, self.done, self.total);
-            (self.next)(spec)
-        };
-        tensors.iter().map(next).collect()
+        let dtype = self.dtype;
+        part.tensors(&segment.name).iter().map(|spec| self.one(spec, dtype)).collect()
     }
 
     /// The modules of a segment that `make` makes something of.
@@ -171,6 +214,30 @@ impl<F: FnMut(&TensorSpec) -> Result<TensorData, LoadError>> Maker<'_, F> {
             let weight = matrix(kind, data[0].clone(), device).transpose();
             Projection::frozen(weight, data.get(1).map(|bias| tensor(bias.clone(), device)))
         })
+    }
+
+    /// The linear layers of a block, packed where that is wanted.
+    fn packable(&mut self, segment: &Segment) -> Result<Series<Projection>, LoadError> {
+        let mut made = vec![];
+        for part in &segment.parts {
+            let Kind::Linear { d_in, d_out, .. } = part.kind else { continue };
+            let tensors = part.tensors(&segment.name);
+            let weight = match (self.quantise)(&join(&segment.name, &part.name)) {
+                Some(form) => Base::Packed(self.packed(&tensors[0], [d_in, d_out], form)?),
+                None => Base::dense(tensor::<2>(self.one(&tensors[0], self.dtype)?, self.device).transpose()),
+            };
+            let bias = tensors.get(1).map(|spec| self.one(spec, self.dtype)).transpose()?;
+            made.push((part.name.clone(), Projection::on(weight, bias.map(|bias| tensor(bias, self.device)))));
+        }
+        Ok(Series::new(made))
+    }
+
+    fn packed(&mut self, spec: &TensorSpec, dims: [usize; 2], form: Quantisation) -> Result<PackedBase, LoadError> {
+        let data = self.one(spec, FloatDType::F32)?;
+        let values = data.try_into_vec::<f32>().unwrap_or_else(|_| unreachable!("f32 was asked for"));
+        let packed = form.pack(&values, dims, self.device);
+        let weight = packed.map_err(|source| LoadError::Quantise { name: spec.name.clone(), source })?;
+        Ok(PackedBase::frozen(weight, form, self.dtype))
     }
 
     fn norms(&mut self, segment: &Segment) -> Result<Series<LayerNorm>, LoadError> {
@@ -247,7 +314,7 @@ impl<F: FnMut(&TensorSpec) -> Result<TensorData, LoadError>> Maker<'_, F> {
                 Block::Residual(ResidualBlock { convolutions: self.convolutions(segment)?, norms })
             }
             Trunk::Text(_) | Trunk::Patches(_) => {
-                Block::Encoder(EncoderBlock { linear: self.linear(segment)?, norms: self.norms(segment)? })
+                Block::Encoder(EncoderBlock { linear: self.packable(segment)?, norms: self.norms(segment)? })
             }
         })
     }
@@ -265,13 +332,14 @@ fn matrix(kind: &Kind, data: TensorData, device: &Device) -> Tensor<2> {
 fn build(
     config: ClassifierConfig,
     dtype: FloatDType,
+    quantise: Quantise<'_>,
     device: &Device,
     progress: Progress<'_>,
-    next: impl FnMut(&TensorSpec) -> Result<TensorData, LoadError>,
+    next: impl FnMut(&TensorSpec, FloatDType) -> Result<TensorData, LoadError>,
 ) -> Result<Classifier, LoadError> {
     let layout: Layout = config.layout();
     let total = layout.tensors().len();
-    let mut maker = Maker { next, device, done: 0, total, progress };
+    let mut maker = Maker { next, dtype, quantise, device, done: 0, total, progress };
     let stem = maker.stem(&config.trunk, &layout.stem)?;
     let mut blocks = vec![];
     for segment in &layout.blocks {

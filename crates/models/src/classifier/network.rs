@@ -7,7 +7,7 @@ use lowrank_core::{Layer, Projection};
 use lowrank_kernels as kernels;
 
 use super::batch::{ClassifierBatch, ClassifierInputs, InputData, Labels};
-use super::{Block, Classifier, Head, Stem, Trunk};
+use super::{Block, Classifier, Head, Stem, Trunk, load};
 use crate::bert::TextConfig;
 use crate::decoder::Embedding;
 use crate::network::{self, Network, NetworkBatch, Replace, Segment};
@@ -188,6 +188,11 @@ impl Network for Classifier {
             }
         }
         self.head.linear.iter_mut().for_each(|(name, linear)| change(name, Layer::Linear(linear)));
+    }
+
+    fn names_on_disk(&self) -> Box<dyn Fn(&str) -> Vec<String>> {
+        let family = self.config.family;
+        Box::new(move |name| load::names_on_disk(family, name))
     }
 
     fn embedding_name(&self) -> Option<&'static str> {

@@ -13,6 +13,8 @@ use crate::data::{DataError, LabelledData, LabelledEvaluation, LabelledLoader, L
 use crate::device::ChosenDevice;
 use crate::error::Problem;
 use crate::evaluate;
+use crate::plan;
+use crate::plan::advice::{Suggestion, suggestions};
 use crate::session::{Adapter, check_method, file_dtype, set_dropout};
 use crate::task::{Batches, Evaluated, TrainingTask, data_problem};
 
@@ -41,6 +43,12 @@ impl Batches for LabelledLoader {
     }
 }
 
+impl ClassifierSession {
+    fn subject(&self) -> plan::Subject<'_> {
+        plan::Subject::Classifier { config: &self.model.config, fresh: &self.fresh }
+    }
+}
+
 impl TrainingTask for ClassifierSession {
     type Model = Classifier;
     type Data = LabelledData;
@@ -54,8 +62,12 @@ impl TrainingTask for ClassifierSession {
             adapter: config.init_adapter.as_deref(),
             device: &config.device,
             dtype: config.dtype,
+            quantization: config.quantization.as_ref(),
             data: &config.data,
         };
+        if let (None, Some(wanted)) = (source.adapter, &config.adapter) {
+            return Self::adapted(config, &source, wanted, checkpoint);
+        }
         let mut session = Self::open_from(config, &source)?;
         match (&mut session.adapter, &config.adapter) {
             (Some(adapter), Some(wanted)) => {
@@ -66,8 +78,7 @@ impl TrainingTask for ClassifierSession {
                 }
             }
             (Some(_), None) => {}
-            (None, Some(wanted)) => session.adapt(config, wanted, checkpoint)?,
-            (None, None) => session.model = parameters::set_trained(session.model, |_| Some(true)),
+            (None, _) => session.model = parameters::set_trained(session.model, |_| Some(true)),
         }
         Ok(session)
     }
@@ -114,6 +125,18 @@ impl TrainingTask for ClassifierSession {
         head_chunk: usize,
     ) -> Result<Evaluated, Problem> {
         evaluate::classes(&self.model, evaluation, head_chunk, |_, _| {}).map_err(data_problem)
+    }
+
+    fn predicted(&self, config: &RunConfig) -> Option<Result<plan::Plan, Problem>> {
+        if self.model.config.encoder().is_none() {
+            tracing::info!("the memory of convolution nets is not predicted; the run logs its peak");
+            return None;
+        }
+        Some(plan::predict(config, self.subject(), plan::machine_of(&self.device.description)))
+    }
+
+    fn savings(&self, config: &RunConfig, plan: &plan::Plan) -> Result<Vec<Suggestion>, Problem> {
+        suggestions(config, self.subject(), plan::machine_of(&self.device.description), plan)
     }
 
     fn save_model(&self, config: &RunConfig, folder: &Path) -> Result<(), Problem> {

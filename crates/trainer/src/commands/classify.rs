@@ -51,6 +51,7 @@ pub fn evaluate(config: &RunConfig, args: &EvalArgs, paths: &Paths) -> anyhow::R
         adapter: adapter.as_deref(),
         device: args.device.device.as_deref().unwrap_or(&config.device),
         dtype: args.device.dtype.unwrap_or(config.dtype),
+        quantization: None,
         data: &data,
     };
     let session = ClassifierSession::open_from(config, &source)?;

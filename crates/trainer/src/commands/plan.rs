@@ -3,6 +3,7 @@
 use std::fmt::Write;
 use std::path::Path;
 
+use lowrank_models::classifier::ClassifierConfig;
 use lowrank_models::config::DecoderConfig;
 use lowrank_models::hf;
 use serde_json::json;
@@ -13,7 +14,7 @@ use crate::device::{self, ChosenDevice};
 use crate::error::Problem;
 use crate::metrics::process_memory;
 use crate::plan::advice::{Suggestion, suggestions};
-use crate::plan::{self, Machine, Plan, predict, show};
+use crate::plan::{self, Machine, Plan, Subject, predict, show};
 
 /// Runs the command: a table, or JSON.
 ///
@@ -24,15 +25,11 @@ pub fn run(args: &PlanArgs) -> anyhow::Result<()> {
         return Err(Problem::config("no configuration was given").hint("lowrank-train plan --config FILE").into());
     };
     let config = load_for(Purpose::Use, path, &args.config.sets)?;
-    if config.task != Task::CausalLm {
-        let what = "the memory of a classifier cannot be predicted yet, only that of a causal language model";
-        return Err(Problem::config(what).hint("the run itself logs its peak").into());
-    }
-    let decoder = decoder_of(&config)?;
+    let model = ModelConfig::read(&config)?;
     let device = device::choose(args.device.as_deref().unwrap_or(&config.device))?;
     let machine = plan::machine_of(&device.description);
-    let plan = predict(&config, &decoder, machine)?;
-    let advice = suggestions(&config, &decoder, machine, &plan)?;
+    let plan = predict(&config, model.subject(), machine)?;
+    let advice = suggestions(&config, model.subject(), machine, &plan)?;
     let available = available_bytes(machine);
     let text = match args.json {
         true => to_json(&plan, &advice, &device, available)?,
@@ -41,15 +38,35 @@ pub fn run(args: &PlanArgs) -> anyhow::Result<()> {
     Ok(super::deliver(&text, args.out.as_deref())?)
 }
 
-/// The model of a configuration by its `config.json`.
-pub fn decoder_of(config: &RunConfig) -> Result<DecoderConfig, Problem> {
-    let unusable = || Problem::config(format!("base_model = \"{}\" cannot be used", config.base_model));
-    let local = Path::new(&config.base_model);
-    let folder = match local.is_dir() {
-        true => local.to_owned(),
-        false => hf::resolve_model(&config.base_model).map_err(|error| unusable().source(error))?,
-    };
-    DecoderConfig::read(&folder).map_err(|error| unusable().source(error))
+/// The model of a configuration by its `config.json`. Which parameters a checkpoint of a classifier lacks is not looked at: all but
+/// the map to the classes are taken to be there.
+enum ModelConfig {
+    Decoder(Box<DecoderConfig>),
+    Classifier(Box<ClassifierConfig>),
+}
+
+impl ModelConfig {
+    fn read(config: &RunConfig) -> Result<Self, Problem> {
+        let unusable = || Problem::config(format!("base_model = \"{}\" cannot be used", config.base_model));
+        let local = Path::new(&config.base_model);
+        let folder = match local.is_dir() {
+            true => local.to_owned(),
+            false => hf::resolve_model(&config.base_model).map_err(|error| unusable().source(error))?,
+        };
+        let labels = config.classification.as_ref().map(|table| table.labels.len()).filter(|&count| count > 0);
+        let read = match config.task {
+            Task::CausalLm => DecoderConfig::read(&folder).map(|decoder| Self::Decoder(Box::new(decoder))),
+            _ => ClassifierConfig::read(&folder, labels).map(|model| Self::Classifier(Box::new(model))),
+        };
+        read.map_err(|error| unusable().source(error))
+    }
+
+    fn subject(&self) -> Subject<'_> {
+        match self {
+            Self::Decoder(decoder) => Subject::Decoder(decoder),
+            Self::Classifier(config) => Subject::Classifier { config, fresh: &[] },
+        }
+    }
 }
 
 /// Memory that a run could have: that of the machine on the CPU; a graphics card does not tell.

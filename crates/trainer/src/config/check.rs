@@ -80,7 +80,6 @@ fn check_task(config: &RunConfig, found: &mut Findings) {
         "classification.random_flip is true, but only images can be mirrored".to_owned()
     });
     for (key, is_set) in [
-        ("[quantization]", config.quantization.is_some()),
         ("calibration.data", config.calibration.as_ref().is_some_and(|table| table.data.is_some())),
         ("data.streaming", data.streaming),
         ("data.train_on_inputs", data.train_on_inputs),

@@ -5,10 +5,12 @@
 //! | low-rank | h `[t, r]`, x where A is trained, the mask, `M B diag(c)` where there is M or c | the dropped x |
 //! | the same where `W + s A B` is cheaper | x, and the sum where it is no larger than x | `[d_in, d_out]` |
 //! | DoRA | as low-rank, and its output (before the scale on a GPU or beside a bias); with dropout the dropped x | `[r, d_out]` |
+//! | the same where its weight is built | x and its output; with dropout the dropped x | `[d_in, d_out]` |
 //! | RandLoRA | as above, and `[n r, m]` where the sum is not kept | `[d_in, d_out]` |
 //! | HRA | x, `x V` `[t, r]` | |
 //! | OFT | x, powers of Q: each `d_in b` values | |
 
+use lowrank_core::adapters::dora::Form;
 use lowrank_kernels::merged_linear::{Tracked, is_cheaper, keeps_sum};
 
 use super::layers::{Segment, backward_product};
@@ -183,12 +185,6 @@ impl Segment<'_> {
         t: usize,
     ) -> Value {
         let ([m, n], r, at) = (weight.dims, delta.rank(), self.at.clone());
-        {
-            // Lengths of the columns, off the tape.
-            let _values = Self::unpacked(&at, weight);
-            let _cross = at.product([r, m, n], Read::Transposed, Category::Workspace);
-            let _square = at.scratch(8 * r * n);
-        }
         let mask = self.mask(delta.drops, t * m);
         let rest = mask.as_ref().map(|_| {
             let _difference = at.scratch(at.width * t * m);
@@ -206,8 +202,22 @@ impl Segment<'_> {
             }
         };
         let pair = [self.operand(&delta.down), self.operand(&delta.up)];
+        let is_dense = weight.format == Format::F32 && at.width == 4 && matches!(at.machine, Machine::Cpu { .. });
+        let (has_rest, ratio) = (rest.is_some(), self.parameter(magnitude));
+        if Form::of(is_dense && (!biased || has_rest), t, weight.dims) == Form::Built {
+            let y = self.directed(input, weight, pair, ratio, t);
+            return match rest {
+                Some(rest) => self.at.add(&mut self.tape, Value::constant(rest), y),
+                None => y,
+            };
+        }
+        {
+            // Lengths of the columns, off the tape.
+            let _values = Self::unpacked(&at, weight);
+            let _cross = at.product([r, m, n], Read::Transposed, Category::Workspace);
+            let _square = at.scratch(8 * r * n);
+        }
         let y = self.factors(input, weight, None, pair, r, t);
-        let ratio = self.parameter(magnitude);
         // On the CPU the output takes the place of the product and is kept; with dropout the bias is in the rest.
         let replaces = matches!(at.machine, Machine::Cpu { .. }) && (!biased || rest.is_some());
         let scaled = match replaces && at.width == 4 {
@@ -229,6 +239,37 @@ impl Segment<'_> {
             Some(rest) => self.at.add(&mut self.tape, Value::constant(rest), scaled),
             None => scaled,
         }
+    }
+
+    /// `x (W + s A B) diag(m / n)` by a weight that is built forward and backward.
+    fn directed(&mut self, x: Value, weight: &Parameter, [down, up]: [Value; 2], ratio: Value, t: usize) -> Value {
+        let ([m, n], at) = (weight.dims, self.at.clone());
+        let y = {
+            let _built = at.scratch(4 * m * n);
+            at.product([t, m, n], Read::Plain, Category::Activations)
+        };
+        let nodes = [x.node, down.node, up.node, ratio.node];
+        let (kept, r) = ((x.buffer, y.clone()), up.buffer.bytes() / (4 * n).max(1));
+        self.tape.operation(&nodes, y, move |dy, gradients| {
+            gradients.register(nodes[3], at.ledger.take(Category::Gradients, 4 * n));
+            let (x, y) = kept;
+            drop(y);
+            {
+                let _h = at.product([t, m, r], Read::Plain, Category::Workspace);
+                gradients.register(nodes[2], at.product([r, t, n], Read::Transposed, Category::Gradients));
+            }
+            {
+                let _u = at.product([t, n, r], Read::Plain, Category::Workspace);
+                gradients.register(nodes[1], at.product([m, t, r], Read::Transposed, Category::Gradients));
+            }
+            drop(x);
+            if nodes[0].is_some() {
+                let _built = at.scratch(4 * m * n);
+                let dx = at.product([t, n, m], Read::Plain, Category::Workspace);
+                drop(dy);
+                gradients.register(nodes[0], dx);
+            }
+        })
     }
 
     /// RandLoRA's `diag(lambda) A diag(gamma)`, `[n r, m]` in f32.

@@ -4,10 +4,10 @@ use lowrank_models::config::DecoderConfig;
 use lowrank_models::network::head_chunk;
 use serde::Serialize;
 
-use super::{Machine, Plan, predict};
+use super::{Machine, Plan, Subject, predict};
 use crate::config::{
     GaloreConfig, GradientCheckpointing, Init, Inner, Nf4Config, OnNonFinite, OptimizerConfig, Purpose,
-    QuantizationConfig, RunConfig, problems,
+    QuantizationConfig, RunConfig, Task, problems,
 };
 use crate::error::Problem;
 
@@ -31,15 +31,15 @@ type Change = (Vec<String>, &'static str, RunConfig);
 ///
 /// # Errors
 /// As [`predict`].
-pub fn suggestions(
+pub fn suggestions<'a>(
     config: &RunConfig,
-    decoder: &DecoderConfig,
+    subject: impl Into<Subject<'a>>,
     machine: Machine,
     plan: &Plan,
 ) -> Result<Vec<Suggestion>, Problem> {
-    let mut found = vec![];
-    for (set, cost, changed) in changes(config, decoder) {
-        let peak_bytes = predict(&changed, decoder, machine)?.peak_bytes;
+    let (mut found, subject) = (vec![], subject.into());
+    for (set, cost, changed) in changes(config, subject) {
+        let peak_bytes = predict(&changed, subject, machine)?.peak_bytes;
         let saves_bytes = plan.peak_bytes.saturating_sub(peak_bytes);
         if saves_bytes > plan.peak_bytes / 100 {
             found.push(Suggestion { set, cost, saves_bytes, peak_bytes });
@@ -49,7 +49,7 @@ pub fn suggestions(
     Ok(found)
 }
 
-fn changes(config: &RunConfig, decoder: &DecoderConfig) -> Vec<Change> {
+fn changes(config: &RunConfig, subject: Subject<'_>) -> Vec<Change> {
     let makers = [
         rebuilt_blocks,
         smaller_batch,
@@ -60,7 +60,9 @@ fn changes(config: &RunConfig, decoder: &DecoderConfig) -> Vec<Change> {
         packed_base,
     ];
     let mut changes: Vec<Change> = makers.iter().filter_map(|make| make(config)).collect();
-    changes.extend(smaller_chunks(config, decoder));
+    if let Subject::Decoder(decoder) = subject {
+        changes.extend(smaller_chunks(config, decoder));
+    }
     changes
 }
 
@@ -87,7 +89,7 @@ fn smaller_batch(config: &RunConfig) -> Option<Change> {
 
 fn shorter_rows(config: &RunConfig) -> Option<Change> {
     let tokens = config.data.max_seq_length;
-    if tokens < 128 {
+    if tokens < 128 || config.task == Task::ImageClassification {
         return None;
     }
     let mut changed = config.clone();

@@ -7,7 +7,9 @@ use super::tape::Value;
 impl Segment<'_> {
     /// A transformer block on the residual stream; `sizes` are query heads, key heads, width of a head, inner width.
     pub fn block(&mut self, x: Value, block: &Block, [h, g, d, inner]: [usize; 4]) -> Value {
-        let [q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj] = &block.linears;
+        let [q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj] = block.linears.as_slice() else {
+            unreachable!("a decoder's block has seven linear layers")
+        };
         let t = self.shape.tokens();
         let mut norms = block.norms.iter();
         let normed = self.normed(x.clone(), norms.next());

@@ -19,6 +19,8 @@
 mod adapters;
 pub mod advice;
 mod block;
+mod classifier;
+mod encoder;
 mod ends;
 pub mod layers;
 pub mod ledger;
@@ -32,7 +34,9 @@ mod refresh;
 pub mod setup;
 pub mod tape;
 
+use lowrank_models::classifier::ClassifierConfig;
 use lowrank_models::config::DecoderConfig;
+use lowrank_models::network::head_chunk;
 use serde::Serialize;
 
 use crate::config::RunConfig;
@@ -106,12 +110,44 @@ impl Plan {
     }
 }
 
+/// A model by its `config.json`.
+#[derive(Clone, Copy, Debug)]
+pub enum Subject<'a> {
+    /// A causal language model.
+    Decoder(&'a DecoderConfig),
+    /// A classifier.
+    Classifier {
+        /// Its sizes.
+        config: &'a ClassifierConfig,
+        /// Parameters that its checkpoint does not have, which are trained beside an adapter.
+        fresh: &'a [String],
+    },
+}
+
+impl<'a> From<&'a DecoderConfig> for Subject<'a> {
+    fn from(decoder: &'a DecoderConfig) -> Self {
+        Self::Decoder(decoder)
+    }
+}
+
+impl Subject<'_> {
+    /// Rows of the head's chunk where the configuration names none.
+    fn head_chunk(self) -> usize {
+        head_chunk(match self {
+            Self::Decoder(decoder) => decoder.vocab_size,
+            Self::Classifier { config, .. } => {
+                config.labels.len().max(config.encoder().map_or(0, |encoder| encoder.hidden_size))
+            }
+        })
+    }
+}
+
 /// Predicts the memory of a training run of this configuration on a machine.
 ///
 /// # Errors
-/// A pattern that is no regular expression; an adapter folder that cannot be read.
-pub fn predict(config: &RunConfig, decoder: &DecoderConfig, machine: Machine) -> Result<Plan, Problem> {
-    Ok(of(&setup::describe(config, decoder, machine)?))
+/// A pattern that is no regular expression; an adapter folder that cannot be read; a model that is no transformer.
+pub fn predict<'a>(config: &RunConfig, subject: impl Into<Subject<'a>>, machine: Machine) -> Result<Plan, Problem> {
+    Ok(of(&setup::describe(config, subject, machine)?))
 }
 
 /// The plan of what was described.

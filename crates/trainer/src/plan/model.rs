@@ -47,7 +47,9 @@ impl Format {
         match self {
             Self::Dense(4) => "f32".to_owned(),
             Self::Dense(width) => format!("{} bits", 8 * width),
-            Self::Packed { .. } => format!("{:.2} bits", 8.0 * self.bytes(MANY) as f64 / MANY as f64),
+            Self::Packed { .. } => {
+                format!("{:.2} bits", 8.0 * self.bytes(MANY) as f64 / MANY as f64)
+            }
         }
     }
 
@@ -207,9 +209,10 @@ impl Linear {
 /// A transformer block.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Block {
-    /// q, k, v, o, gate, up, down.
-    pub linears: [Linear; 7],
-    /// Norms of the residual stream in the order in which they act: two, or four with sandwich norms.
+    /// q, k, v, o, gate, up, down; of an encoder without a gate.
+    pub linears: Vec<Linear>,
+    /// Norms of the residual stream in the order in which they act: two, or four with sandwich norms; of an encoder gain and shift
+    /// of each.
     pub norms: Vec<Parameter>,
     /// Norms of the query and key heads.
     pub head_norms: Option<[Parameter; 2]>,
@@ -228,24 +231,51 @@ impl Block {
     }
 }
 
-/// A causal language model.
+/// What is more than the rows of one table before the first block.
+#[derive(Clone, Debug, PartialEq)]
+#[allow(clippy::large_enum_variant)] // one a model
+pub enum Stem {
+    /// Nothing: a decoder.
+    Tokens,
+    /// A norm of the sum over all tables, gain and shift.
+    Texts([Parameter; 2]),
+    /// A linear map of patches, of which an image has so many.
+    Patches(Linear, usize),
+}
+
+/// What an encoder for classification does that a decoder does not.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Encoder {
+    /// Norms come before the layers and not after the sums.
+    pub norms_first: bool,
+    /// The outputs of embeddings, attention and feed-forward layers are dropped in training.
+    pub drops: bool,
+    /// So are the inputs of the head's last map.
+    pub head_drops: bool,
+}
+
+/// A model.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Model {
-    /// Token embedding, `[vocab, hidden]`.
-    pub embedding: Parameter,
-    /// A and B of an adapter on the embedding.
+    /// None for a causal language model.
+    pub encoder: Option<Encoder>,
+    /// Embeddings, `[rows, hidden]`: of tokens first; of images the class token and the positions.
+    pub tables: Vec<Parameter>,
+    /// A and B of an adapter on the first of them.
     pub embedding_adapter: Vec<Parameter>,
+    /// What else comes before the blocks.
+    pub stem: Stem,
     /// Blocks.
     pub blocks: Vec<Block>,
-    /// Norm before the head.
-    pub norm: Parameter,
-    /// The head; none where it is the embedding.
-    pub head: Option<Linear>,
+    /// Norm before the head: a gain; of ViT gain and shift; none in BERT.
+    pub norm: Vec<Parameter>,
+    /// The maps of the head; none where it is the embedding.
+    pub head: Vec<Linear>,
     /// Frozen tensors that the adapters of several layers share.
     pub shared: Vec<Parameter>,
     /// Width of the residual stream.
     pub hidden: usize,
-    /// Rows of the embedding.
+    /// Logits of a row.
     pub vocab: usize,
     /// Query heads, key heads, width of a head.
     pub heads: [usize; 3],
@@ -262,8 +292,17 @@ impl Model {
     pub fn parameters(&self) -> Vec<&Parameter> {
         let blocks = self.blocks.iter().flat_map(Block::parameters);
         let head = self.head.iter().flat_map(Linear::parameters);
-        let ends = [&self.embedding].into_iter().chain(&self.embedding_adapter).chain([&self.norm]);
-        self.shared.iter().chain(ends).chain(blocks).chain(head).collect()
+        self.shared.iter().chain(self.stem_parameters()).chain(&self.norm).chain(blocks).chain(head).collect()
+    }
+
+    /// Those before the first block.
+    pub fn stem_parameters(&self) -> Vec<&Parameter> {
+        let rest = match &self.stem {
+            Stem::Tokens => vec![],
+            Stem::Texts(norm) => norm.iter().collect(),
+            Stem::Patches(linear, _) => linear.parameters(),
+        };
+        self.tables.iter().chain(&self.embedding_adapter).chain(rest).collect()
     }
 
     /// Changes the parameters of the base.
@@ -275,16 +314,20 @@ impl Model {
             )
         });
         let head = self.head.iter_mut().flat_map(|linear| [&mut linear.weight].into_iter().chain(&mut linear.bias));
-        let ends = [&mut self.embedding, &mut self.norm].into_iter();
-        ends.chain(linears).chain(head).for_each(change);
+        let stem: Vec<&mut Parameter> = match &mut self.stem {
+            Stem::Tokens => vec![],
+            Stem::Texts(norm) => norm.iter_mut().collect(),
+            Stem::Patches(linear, _) => [&mut linear.weight].into_iter().chain(&mut linear.bias).collect(),
+        };
+        self.tables.iter_mut().chain(stem).chain(&mut self.norm).chain(linears).chain(head).for_each(change);
     }
 
-    /// Whether the embedding, or an adapter on it, is trained.
-    pub fn embedding_is_trained(&self) -> bool {
-        self.embedding.trained || self.embedding_adapter.iter().any(|factor| factor.trained)
+    /// Whether something before the first block is trained.
+    pub fn stem_is_trained(&self) -> bool {
+        self.stem_parameters().iter().any(|parameter| parameter.trained)
     }
 
-    /// The linear layers with their module names, head included.
+    /// The linear layers of blocks and head.
     pub fn linears(&self) -> impl Iterator<Item = &Linear> {
         self.blocks.iter().flat_map(|block| &block.linears).chain(&self.head)
     }

@@ -8,6 +8,7 @@
 //! | low-rank linear | h `[t, r]`, the dropout mask, x where A is trained | the dropped x |
 //! | projected linear | `x P` instead of x | |
 //! | RMS norm | x | |
+//! | layer norm | the centred x, in f32 | |
 //! | rotary | | |
 //! | attention | q, k, v, the output, one f32 a row and head | score tiles of 64 rows, one a thread (two in the backward) |
 //! | gated activation | gate and up | |
@@ -150,6 +151,46 @@ impl Operations {
             gradients.register(nodes[0], dx);
             gradients.register(nodes[1], at.scratch(gamma_bytes));
             drop((dy, kept));
+        })
+    }
+
+    /// The same of the centred x, in f32 on every machine, and a shift.
+    pub fn layer_norm(&self, tape: &mut Tape, x: Value, [gamma, beta]: [&Value; 2], values: usize) -> Value {
+        let wide = |category| self.ledger.take(category, 4 * values);
+        let is_narrow = self.width < 4;
+        let (node, held) = match is_narrow {
+            true => (x.node, wide(Category::Activations)),
+            false => (x.node, x.buffer.clone()),
+        };
+        drop(x);
+        let centred = if held.is_unique() { held } else { wide(Category::Activations) };
+        let normed = wide(Category::Activations);
+        let y = if is_narrow { self.activation(values) } else { normed.clone() };
+        let (at, nodes, bytes) = (self.clone(), [node, gamma.node, beta.node], gamma.buffer.bytes());
+        drop(normed);
+        tape.operation(&nodes, y, move |dy, gradients| {
+            let dy = if is_narrow { at.scratch(4 * values) } else { dy };
+            gradients.register(nodes[2], at.scratch(bytes));
+            let dx = at.scratch(4 * values);
+            gradients.register(nodes[1], at.scratch(bytes));
+            drop((dy, centred));
+            drop(at.scratch(4 * values)); // through the mean
+            let dx = if is_narrow { at.scratch(at.width * values) } else { dx };
+            gradients.register(nodes[0], dx);
+        })
+    }
+
+    /// Some values dropped, by a mask that is drawn in f32.
+    pub fn dropped(&self, tape: &mut Tape, x: Value, values: usize) -> Value {
+        let drawn = self.ledger.take(Category::Activations, 4 * values);
+        let mask = if self.width < 4 { self.activation(values) } else { drawn.clone() };
+        drop(drawn);
+        let y = if x.buffer.is_unique() { x.buffer } else { self.activation(values) };
+        let (at, node) = (self.clone(), x.node);
+        tape.operation(&[node], y, move |dy, gradients| {
+            let dx = if dy.is_unique() { dy } else { at.scratch(at.width * values) };
+            drop(mask);
+            gradients.register(node, dx);
         })
     }
 

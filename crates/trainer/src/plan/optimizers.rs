@@ -3,7 +3,6 @@
 use std::collections::BTreeMap;
 
 use lowrank_core::optim::ProjType;
-use lowrank_models::config::DecoderConfig;
 use lowrank_models::hf::{self, peft::Modules};
 
 use super::methods::{Kind, Method, Rule, Store, one_side};
@@ -15,20 +14,17 @@ use crate::config::{
 use crate::error::Problem;
 
 /// The low-rank methods by the name of the weight.
-pub(super) fn methods(
-    config: &RunConfig,
-    decoder: &DecoderConfig,
-    model: &Model,
-    tokens: usize,
-) -> Result<BTreeMap<String, Method>, Problem> {
+pub(super) fn methods(config: &RunConfig, model: &Model, tokens: usize) -> Result<BTreeMap<String, Method>, Problem> {
     let Some(common) = config.optimizer.low_rank() else { return Ok(BTreeMap::new()) };
     let wanted = targets(common, config.optimizer.common().key)?;
-    let rank = common.rank.unwrap_or((decoder.hidden_size / 4).max(1));
+    let rank = common.rank.unwrap_or((model.hidden / 4).max(1));
     let module = |linear: &Linear| linear.weight.name.trim_end_matches(".weight").to_owned();
     let found: Vec<&Linear> =
         model.linears().filter(|linear| wanted.targets(&module(linear)) && linear.weight.trained).collect();
     let count = found.len() as u64;
-    let place = |index: usize, stagger: bool| if stagger { common.update_proj_gap * index as u64 / count } else { 0 };
+    let place = |index: usize, stagger: bool| {
+        if stagger { common.update_proj_gap * index as u64 / count } else { 0 }
+    };
     let method = |(index, linear): (usize, &&Linear)| {
         let method = method_of(config, linear.weight.dims, rank, tokens, &|stagger| place(index, stagger));
         Some((linear.weight.name.clone(), method?))

@@ -8,7 +8,7 @@ use super::layers::{Collect, Held, Segment};
 use super::ledger::{Buffer, Bytes, Category, Ledger, Phase};
 use super::matrices::Matrix;
 use super::methods::{Kind, Method};
-use super::model::{Model, Parameter};
+use super::model::{Block, Model, Parameter, Stem};
 use super::operations::{Machine, Operations, Shape};
 use super::tape::{Gradients, Value, sum};
 
@@ -23,8 +23,10 @@ pub struct Setup {
     pub width: usize,
     /// Sequences and tokens of a micro batch.
     pub shape: Shape,
-    /// Tokens with a loss.
+    /// Tokens with a loss, or sequences.
     pub counted: usize,
+    /// Bytes of a micro batch before it is embedded.
+    pub inputs: usize,
     /// Tokens whose logits exist at the same time.
     pub head_chunk: usize,
     /// Micro batches of a step.
@@ -115,7 +117,8 @@ impl<'a> Run<'a> {
             Some((linear.weight.name.clone(), Matrix::new(method.clone(), linear.weight.dims, at)))
         };
         let matrices = setup.model.linears().filter_map(matrix).collect();
-        let strided = setup.model.linears().map(|linear| linear.weight.name.clone()).collect();
+        let stem = if let Stem::Patches(linear, _) = &setup.model.stem { Some(linear) } else { None };
+        let strided = setup.model.linears().chain(stem).map(|linear| linear.weight.name.clone()).collect();
         let (plain, cosines, gradients) = (BTreeMap::new(), BTreeMap::new(), BTreeMap::new());
         Self { setup, at, held, matrices, plain, cosines, strided, gradients }
     }
@@ -123,7 +126,8 @@ impl<'a> Run<'a> {
     fn step(&mut self, number: u64) {
         let chunks = self.setup.counted.div_ceil(self.setup.head_chunk.max(1));
         let micro_batches = self.setup.micro_batches;
-        let passes = |name: &str| if name.starts_with("lm_head") { chunks * micro_batches } else { micro_batches };
+        let head: BTreeSet<&str> = self.setup.model.head.iter().map(|linear| linear.weight.name.as_str()).collect();
+        let passes = |name: &str| if head.contains(name) { chunks * micro_batches } else { micro_batches };
         let collects: BTreeMap<String, Collect> = self
             .matrices
             .iter_mut()
@@ -179,7 +183,7 @@ impl<'a> Run<'a> {
         let (mut pending, hidden) = self.forward(&held, collects);
         at.ledger.enter(Phase::Head);
         let mut gradient = self.head(hidden, &held, collects);
-        self.update_all(model.head.iter().flat_map(|head| head.parameters()).chain([&model.norm]).collect());
+        self.update_all(model.head.iter().flat_map(|head| head.parameters()).chain(&model.norm).collect());
         at.ledger.enter(Phase::Backward);
         while let Some(block) = pending.pop() {
             let Some(from) = gradient.take() else { break };
@@ -187,25 +191,31 @@ impl<'a> Run<'a> {
             gradient = self.backward_block(index, block, from, &held, collects);
             self.update_all(model.blocks[index].parameters());
         }
-        if let (true, Some(gradient)) = (model.embedding_is_trained(), gradient) {
-            self.backward_embedding(gradient, &held, collects);
+        if let (true, Some(gradient)) = (model.stem_is_trained(), gradient) {
+            self.backward_stem(gradient, &held, collects);
         }
-        let embedding: Vec<&Parameter> = [&model.embedding].into_iter().chain(&model.embedding_adapter).collect();
-        self.update_all(embedding);
+        self.update_all(model.stem_parameters());
     }
 
     /// The lowest block that is trained or has trained parameters below it.
     pub(super) fn first_trained(&self) -> usize {
         let model = &self.setup.model;
         let first = model.blocks.iter().position(|block| block.is_trained()).unwrap_or(model.blocks.len());
-        if model.embedding_is_trained() { 0 } else { first }
+        if model.stem_is_trained() { 0 } else { first }
     }
 
-    /// Ids, rotary tables and ranges of keys.
+    /// Ids or pixels, rotary tables and ranges of keys.
     fn inputs(&self) -> Buffer {
         let (model, t) = (&self.setup.model, self.setup.shape.tokens());
         let tables = model.ropes * 2 * t * (model.heads[2] / 2) * 4;
-        self.at.ledger.take(Category::Activations, tables + 4 * t + model.windows * 8 * t)
+        self.at.ledger.take(Category::Activations, tables + self.setup.inputs + model.windows * 8 * t)
+    }
+
+    fn block(&self, segment: &mut Segment<'_>, x: Value, block: &Block) -> Value {
+        match self.setup.model.encoder {
+            None => segment.block(x, block, self.sizes()),
+            Some(encoder) => segment.encoder_block(x, block, self.sizes(), encoder),
+        }
     }
 
     fn sizes(&self) -> [usize; 4] {
@@ -230,28 +240,28 @@ impl<'a> Run<'a> {
         'a: 'b,
     {
         let mut plain = self.segment(held, collects, false);
-        let mut x = self.embed(&mut plain).buffer;
+        let mut x = self.stem(&mut plain).buffer;
         let mut pending = vec![];
         for (index, block) in self.setup.model.blocks.iter().enumerate() {
             let is_needed = index >= self.first_trained();
             if is_needed && !self.setup.rebuilds {
                 let mut segment = self.segment(held, collects, true);
                 let input = self.lift(&mut segment, x, index);
-                let out = segment.block(input.clone(), block, self.sizes());
+                let out = self.block(&mut segment, input.clone(), block);
                 x = out.buffer.clone();
                 pending.push(Pending { input, graph: Some((segment, out)) });
             } else {
                 if is_needed {
                     pending.push(Pending { input: Value::constant(x.clone()), graph: None });
                 }
-                x = plain.block(Value::constant(x), block, self.sizes()).buffer;
+                x = self.block(&mut plain, Value::constant(x), block).buffer;
             }
         }
         (pending, x)
     }
 
     fn lift(&self, segment: &mut Segment<'_>, x: Buffer, index: usize) -> Value {
-        let is_tracked = index > self.first_trained() || self.setup.model.embedding_is_trained();
+        let is_tracked = index > self.first_trained() || self.setup.model.stem_is_trained();
         if is_tracked { segment.tape.leaf(x) } else { Value::constant(x) }
     }
 
@@ -302,7 +312,7 @@ impl<'a> Run<'a> {
             None => {
                 let mut segment = self.segment(held, collects, true);
                 let input = self.lift(&mut segment, input.buffer, index);
-                let out = segment.block(input.clone(), &self.setup.model.blocks[index], self.sizes());
+                let out = self.block(&mut segment, input.clone(), &self.setup.model.blocks[index]);
                 (segment, input, out)
             }
         };

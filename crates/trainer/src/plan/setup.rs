@@ -1,17 +1,18 @@
 //! From the configuration of a run and the `config.json` of its model to what decides its memory. No weight is read.
 //!
 //! A new adapter adds an arm to `adapter_of`: which factors it has, of what sizes, and which of them are trained. A new
-//! optimiser adds one in `optimizers.rs`.
+//! optimiser adds one in `optimizers.rs`. Encoders for classification are in `classifier.rs`.
 
 use lowrank_models::config::DecoderConfig;
 use lowrank_models::hf::{self, peft::MethodConfig};
-use lowrank_models::network::head_chunk;
 
 use super::ledger::Category;
-use super::model::{Adapter, Block, Format, Linear, LowRank, Model, Parameter};
+use super::model::{Adapter, Block, Format, Linear, LowRank, Model, Parameter, Stem};
 use super::operations::{Machine, Shape};
 use super::optimizers::{methods, store};
 use super::pass::Setup;
+use super::{Subject, classifier};
+use crate::classification::save_whole;
 use crate::config::{Dtype, GradientCheckpointing, QuantizationConfig, RunConfig};
 use crate::error::Problem;
 
@@ -23,22 +24,37 @@ const HEAD: &str = "lm_head";
 /// What a run on a machine has in memory.
 ///
 /// # Errors
-/// A pattern that is no regular expression.
-pub fn describe(config: &RunConfig, decoder: &DecoderConfig, machine: Machine) -> Result<Setup, Problem> {
+/// A pattern that is no regular expression; a model that is no transformer.
+pub fn describe<'a>(config: &RunConfig, subject: impl Into<Subject<'a>>, machine: Machine) -> Result<Setup, Problem> {
+    let subject = subject.into();
     let (training, width) = (&config.training, bytes_of(config.dtype));
-    let shape = Shape { rows: training.micro_batch_size, cols: config.data.max_seq_length };
-    let peft = peft_of(config)?;
+    let mut peft = peft_of(config)?;
+    if let (Some(peft), Subject::Classifier { config: model, fresh }, None) = (&mut peft, subject, &config.init_adapter)
+    {
+        save_whole(peft, model, fresh)?;
+    }
     let packed = config.quantization.as_ref().map(packing).transpose()?;
-    let mut model = Builder { decoder, peft: peft.as_ref(), packed, width }.model();
-    let methods = methods(config, decoder, &model, shape.tokens())?;
+    let parts = Parts { peft: peft.as_ref(), packed, width };
+    let rows = training.micro_batch_size;
+    let Described { mut model, cols, inputs, counted } = match subject {
+        Subject::Decoder(decoder) => {
+            let (cols, model) = (config.data.max_seq_length, Builder { decoder, parts: &parts }.model());
+            // The last token of a sequence predicts nothing.
+            Described { model, cols, inputs: 4 * rows * cols, counted: rows * cols - rows.min(rows * cols) }
+        }
+        Subject::Classifier { config: model, .. } => classifier::described(config, model, &parts)?,
+    };
+    model.shared = parts.peft.map(|peft| shared(peft, &model)).unwrap_or_default();
+    let shape = Shape { rows, cols };
+    let methods = methods(config, &model, shape.tokens())?;
     store(&mut model, &config.optimizer, &methods);
     Ok(Setup {
         machine,
         width,
         shape,
-        // The last token of a sequence predicts nothing.
-        counted: shape.tokens() - shape.rows.min(shape.tokens()),
-        head_chunk: training.head_chunk_tokens.unwrap_or_else(|| head_chunk(decoder.vocab_size)),
+        counted,
+        inputs,
+        head_chunk: training.head_chunk_tokens.unwrap_or_else(|| subject.head_chunk()),
         micro_batches: training.gradient_accumulation_steps,
         steps: training.max_steps,
         rebuilds: training.gradient_checkpointing == GradientCheckpointing::Block,
@@ -46,6 +62,18 @@ pub fn describe(config: &RunConfig, decoder: &DecoderConfig, machine: Machine) -
         methods,
         model,
     })
+}
+
+/// A model with the sizes of a micro batch.
+pub(super) struct Described {
+    /// The model, without what its adapters share.
+    pub model: Model,
+    /// Tokens of a sequence, patches of an image.
+    pub cols: usize,
+    /// Bytes of ids or pixels.
+    pub inputs: usize,
+    /// Rows with a loss.
+    pub counted: usize,
 }
 
 /// Bytes of a value.
@@ -78,11 +106,17 @@ fn packing(quantization: &QuantizationConfig) -> Result<(Format, hf::AdapterConf
     Ok((Format::Packed { bits, group, group_bits }, crate::session::quantized_modules(quantization)?))
 }
 
+/// What makes parameters and layers of names and sizes.
+#[derive(Clone)]
+pub(super) struct Parts<'a> {
+    pub peft: Option<&'a hf::AdapterConfig>,
+    pub packed: Option<(Format, hf::AdapterConfig)>,
+    pub width: usize,
+}
+
 struct Builder<'a> {
     decoder: &'a DecoderConfig,
-    peft: Option<&'a hf::AdapterConfig>,
-    packed: Option<(Format, hf::AdapterConfig)>,
-    width: usize,
+    parts: &'a Parts<'a>,
 }
 
 impl Builder<'_> {
@@ -90,9 +124,9 @@ impl Builder<'_> {
         let c = self.decoder;
         // As in peft, a tied head gets its own handle where head and embedding are to differ.
         let differ = |peft: &hf::AdapterConfig| peft.saves(HEAD) || peft.saves(EMBEDDING) || peft.targets(HEAD);
-        let has_head = !c.tie_word_embeddings || self.peft.is_some_and(differ);
-        let head = has_head.then(|| self.linear(HEAD, c.hidden_size, c.vocab_size, false));
-        let embedding = self.parameter(&format!("{EMBEDDING}.weight"), [c.vocab_size, c.hidden_size]);
+        let has_head = !c.tie_word_embeddings || self.parts.peft.is_some_and(differ);
+        let head = has_head.then(|| self.parts.linear(HEAD, c.hidden_size, c.vocab_size, false));
+        let embedding = self.parts.parameter(&format!("{EMBEDDING}.weight"), [c.vocab_size, c.hidden_size]);
         let head = head.map(|mut head| {
             if c.tie_word_embeddings && !embedding.trained && !head.weight.trained {
                 head.weight.memory = Some(embedding.name.clone());
@@ -103,12 +137,14 @@ impl Builder<'_> {
         windows.sort_unstable();
         windows.dedup();
         Model {
-            embedding,
-            embedding_adapter: self.embedding_adapter(),
+            encoder: None,
+            tables: vec![embedding],
+            embedding_adapter: self.parts.embedding_adapter(EMBEDDING, [c.vocab_size, c.hidden_size]),
+            stem: Stem::Tokens,
             blocks: (0..c.num_layers).map(|index| self.block(index)).collect(),
-            norm: self.parameter("model.norm.weight", [1, c.hidden_size]),
-            head,
-            shared: self.peft.map(|peft| self.shared(peft)).unwrap_or_default(),
+            norm: vec![self.parts.parameter("model.norm.weight", [1, c.hidden_size])],
+            head: head.into_iter().collect(),
+            shared: vec![],
             hidden: c.hidden_size,
             vocab: c.vocab_size,
             heads: [c.num_heads, c.num_kv_heads, c.head_dim],
@@ -123,18 +159,19 @@ impl Builder<'_> {
         let at = |part: &str| format!("model.layers.{index}.{part}");
         let (hidden, q, kv, inner) =
             (c.hidden_size, c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim, c.intermediate_size);
-        let norm = |part: &str, width: usize| self.parameter(&at(&format!("{part}.weight")), [1, width]);
+        let norm = |part: &str, width: usize| self.parts.parameter(&at(&format!("{part}.weight")), [1, width]);
+        let linear = |part: &str, d_in, d_out, has_bias| self.parts.linear(&at(part), d_in, d_out, has_bias);
         let between = ["pre_feedforward_layernorm", "post_feedforward_layernorm"];
         let sandwich = between.iter().filter(|_| c.sandwich_norms).map(|part| norm(part, hidden));
         Block {
-            linears: [
-                self.linear(&at("self_attn.q_proj"), hidden, q, c.qkv_bias),
-                self.linear(&at("self_attn.k_proj"), hidden, kv, c.qkv_bias),
-                self.linear(&at("self_attn.v_proj"), hidden, kv, c.qkv_bias),
-                self.linear(&at("self_attn.o_proj"), q, hidden, c.o_bias),
-                self.linear(&at("mlp.gate_proj"), hidden, inner, c.mlp_bias),
-                self.linear(&at("mlp.up_proj"), hidden, inner, c.mlp_bias),
-                self.linear(&at("mlp.down_proj"), inner, hidden, c.mlp_bias),
+            linears: vec![
+                linear("self_attn.q_proj", hidden, q, c.qkv_bias),
+                linear("self_attn.k_proj", hidden, kv, c.qkv_bias),
+                linear("self_attn.v_proj", hidden, kv, c.qkv_bias),
+                linear("self_attn.o_proj", q, hidden, c.o_bias),
+                linear("mlp.gate_proj", hidden, inner, c.mlp_bias),
+                linear("mlp.up_proj", hidden, inner, c.mlp_bias),
+                linear("mlp.down_proj", inner, hidden, c.mlp_bias),
             ],
             norms: ["input_layernorm", "post_attention_layernorm"]
                 .iter()
@@ -144,9 +181,11 @@ impl Builder<'_> {
             head_norms: c.qk_norm.then(|| ["self_attn.q_norm", "self_attn.k_norm"].map(|part| norm(part, c.head_dim))),
         }
     }
+}
 
+impl Parts<'_> {
     /// A parameter of the base: trained where there is no adapter, or where `modules_to_save` says so.
-    fn parameter(&self, name: &str, dims: [usize; 2]) -> Parameter {
+    pub(super) fn parameter(&self, name: &str, dims: [usize; 2]) -> Parameter {
         let module = name.rsplit_once('.').map_or(name, |(module, _)| module);
         let trained = self.peft.is_none_or(|peft| peft.saves(module));
         let category = if trained && self.peft.is_some() { Category::Adapter } else { Category::Weights };
@@ -155,7 +194,7 @@ impl Builder<'_> {
         Parameter { name: name.to_owned(), dims, format, trained, category, memory: None }
     }
 
-    fn linear(&self, module: &str, d_in: usize, d_out: usize, has_bias: bool) -> Linear {
+    pub(super) fn linear(&self, module: &str, d_in: usize, d_out: usize, has_bias: bool) -> Linear {
         let targeted = self.peft.filter(|peft| peft.targets(module) && !peft.saves(module));
         let mut weight = self.parameter(&format!("{module}.weight"), [d_in, d_out]);
         if let Some((format, packed)) = &self.packed
@@ -171,56 +210,40 @@ impl Builder<'_> {
         }
     }
 
-    /// Sizes of the layers that get an adapter.
-    fn adapted(&self, peft: &hf::AdapterConfig) -> Vec<[usize; 2]> {
-        let c = self.decoder;
-        let [hidden, q, kv] = [c.hidden_size, c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim];
-        let sizes = |module: &str| match module.rsplit('.').next().unwrap_or(module) {
-            "q_proj" => [hidden, q],
-            "k_proj" | "v_proj" => [hidden, kv],
-            "o_proj" => [q, hidden],
-            "down_proj" => [c.intermediate_size, hidden],
-            HEAD => [hidden, c.vocab_size],
-            _ => [hidden, c.intermediate_size],
-        };
-        let modules = c.linear_modules().into_iter().chain([HEAD.to_owned()]);
-        modules.filter(|module| peft.targets(module) && !peft.saves(module)).map(|module| sizes(&module)).collect()
+    /// A and B on an embedding, `[rows, hidden]`.
+    pub(super) fn embedding_adapter(&self, module: &str, [rows, hidden]: [usize; 2]) -> Vec<Parameter> {
+        let Some(peft) = self.peft.filter(|peft| peft.targets(module) && !peft.saves(module)) else { return vec![] };
+        let r = peft.rank_of(module);
+        vec![factor(module, "down", [rows, r], true), factor(module, "up", [r, hidden], true)]
     }
+}
 
-    /// Frozen bases that the layers share: as large as the largest layer needs.
-    fn shared(&self, peft: &hf::AdapterConfig) -> Vec<Parameter> {
-        let sizes = self.adapted(peft);
-        let largest = |of: fn(&[usize; 2]) -> usize| sizes.iter().map(of).max().unwrap_or(0);
-        let (d_in, d_out) = (largest(|dims| dims[0]), largest(|dims| dims[1]));
-        let basis = |name: &str, dims: [usize; 2]| factor("shared", name, dims, false);
-        match peft.method {
-            // The slices of smaller layers are views.
-            MethodConfig::Vera { .. } => {
-                vec![basis("down", [d_in, peft.r]), basis("up", [peft.r, d_out])]
-            }
-            MethodConfig::RandLora { .. } => {
-                let (m, wide) = (d_in.min(d_out), d_in.max(d_out));
-                let mut found =
-                    vec![basis("small", [peft.r, m]), basis("large", [wide, m.div_ceil(peft.r.max(1)) * peft.r])];
-                for dims in sizes {
-                    let (name, dims) = randlora_slice(dims, peft.r);
-                    let slice = basis(&name, dims);
-                    if !found.contains(&slice) {
-                        found.push(slice);
-                    }
-                }
-                found
-            }
-            _ => vec![],
+/// Frozen bases that the layers share: as large as the largest layer needs.
+fn shared(peft: &hf::AdapterConfig, model: &Model) -> Vec<Parameter> {
+    let adapted = model.linears().filter(|linear| linear.adapter.is_some());
+    let sizes: Vec<[usize; 2]> = adapted.map(|linear| linear.weight.dims).collect();
+    let largest = |of: fn(&[usize; 2]) -> usize| sizes.iter().map(of).max().unwrap_or(0);
+    let (d_in, d_out) = (largest(|dims| dims[0]), largest(|dims| dims[1]));
+    let basis = |name: &str, dims: [usize; 2]| factor("shared", name, dims, false);
+    match peft.method {
+        // The slices of smaller layers are views.
+        MethodConfig::Vera { .. } => {
+            vec![basis("down", [d_in, peft.r]), basis("up", [peft.r, d_out])]
         }
-    }
-
-    fn embedding_adapter(&self) -> Vec<Parameter> {
-        let Some(peft) = self.peft.filter(|peft| peft.targets(EMBEDDING) && !peft.saves(EMBEDDING)) else {
-            return vec![];
-        };
-        let (r, c) = (peft.rank_of(EMBEDDING), self.decoder);
-        vec![factor(EMBEDDING, "down", [c.vocab_size, r], true), factor(EMBEDDING, "up", [r, c.hidden_size], true)]
+        MethodConfig::RandLora { .. } => {
+            let (m, wide) = (d_in.min(d_out), d_in.max(d_out));
+            let mut found =
+                vec![basis("small", [peft.r, m]), basis("large", [wide, m.div_ceil(peft.r.max(1)) * peft.r])];
+            for dims in sizes {
+                let (name, dims) = randlora_slice(dims, peft.r);
+                let slice = basis(&name, dims);
+                if !found.contains(&slice) {
+                    found.push(slice);
+                }
+            }
+            found
+        }
+        _ => vec![],
     }
 }
 

@@ -125,7 +125,7 @@ pub(super) fn is_named(names: &[String], module: &str) -> bool {
 
 pub(super) fn is_head_or_embedding(module: &str) -> bool {
     let last = module.rsplit('.').next().unwrap_or(module);
-    matches!(last, "lm_head" | "score" | "classifier" | "embed_tokens")
+    matches!(last, "lm_head" | "score" | "classifier" | "embed_tokens" | "word_embeddings")
 }
 
 /// Whether a module or parameter is, or is inside of, one whose name ends in this entry of `modules_to_save` (peft asks for
