@@ -206,7 +206,7 @@ pub trait LowRankOps: Backend {
         column_scale::backward_reference::<Self>(kept, c, dy)
     }
 
-    /// See [`crate::directed_linear`].
+    /// See [`crate::directed_linear()`].
     #[fusion(default)]
     fn directed_linear(
         x: FloatTensor<Self>,
@@ -219,7 +219,7 @@ pub trait LowRankOps: Backend {
         directed_linear::forward::<Self>(x, w, down, up, magnitude, scale)
     }
 
-    /// The weight of [`crate::directed_linear`], the lengths of the columns before they are scaled, and what they are scaled by.
+    /// The weight of [`crate::directed_linear()`], the lengths of the columns before they are scaled, and what they are scaled by.
     #[fusion(default)]
     fn directed_weight(
         w: FloatTensor<Self>,
