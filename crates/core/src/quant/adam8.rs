@@ -1,5 +1,5 @@
 //! Adam on moments that are kept in 8 bits (arXiv 2110.02861), on the host. The step itself, and the one on a device,
-//! are [`lowrank_kernels::adam8`]'s.
+//! are [`lowrank_kernels::adam8`](mod@lowrank_kernels::adam8)'s.
 //!
 //! State: `2 + 8 / block` bytes a value.
 
