@@ -87,8 +87,8 @@ fn runs_on_a_graphics_device() {
 }
 
 /// The device's own count of live bytes does not rise after some 130 steps, in which caches of launch data fill. What is on its way
-/// to the device when they are counted makes 5 KB more or less, so what would show is a step that leaves 250 bytes behind:
-/// any tensor of this model but a vector of 60 values.
+/// to the device when they are counted makes 5 KB more or less, so over 30 steps what would show is a step that leaves 170 bytes
+/// behind: any tensor of this model but a vector of 40 values.
 fn a_run_is_that_of_the_cpu_and_its_memory_does_not_grow(scene: &Scene) {
     let sets = ["training.max_steps=240"];
     for (run, device) in [("cpu", "device=cpu"), ("card", "device=wgpu")] {
@@ -108,7 +108,7 @@ fn a_run_is_that_of_the_cpu_and_its_memory_does_not_grow(scene: &Scene) {
     }
     let bytes: Vec<u64> = card.iter().map(|line| line["tensor_bytes"].as_u64().unwrap()).collect();
     assert_eq!((&card[18]["step"], &card[24]["step"]), (&180.into(), &240.into()));
-    assert!(bytes[21..].iter().min() <= bytes[18..21].iter().max(), "{bytes:?}");
+    assert!(bytes[22..].iter().min() <= bytes[18..20].iter().max(), "{bytes:?}");
     let summary = &scene.lines("card", "summary")[0];
     let measured = summary["measured_memory_bytes"].as_object().unwrap();
     let sum: u64 = measured.values().map(|bytes| bytes.as_u64().unwrap()).sum();
