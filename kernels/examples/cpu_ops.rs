@@ -13,7 +13,7 @@ use burn::backend::Flex;
 use burn::backend::ops::{FloatTensorOps, IntTensorOps};
 use burn::backend::tensor::{FloatTensor, IntTensor};
 use burn::tensor::TensorData;
-use lowrank_kernels::{Activation, AdamW, LowRankOps, Maybe};
+use lowrank_kernels::{Activation, AdamW, LowRankOps, Maybe, Tensors};
 
 type T = FloatTensor<Flex>;
 
@@ -245,17 +245,19 @@ fn main() {
 
     let rule =
         AdamW { learning_rate: 1e-3, betas: (0.9, 0.999), eps: 1e-8, weight_decay: 0.0, step: 1, gradient_scale: 1.0 };
-    let (gradient, mut state) = (tensor(&[d, ff]), Some((tensor(&[d, ff]), tensor(&[d, ff]), tensor(&[d, ff]))));
-    state = state.map(|(p, m, v)| (p, m, Flex::float_abs(v)));
+    let list = |tensor: T| Tensors(vec![tensor]);
+    let (gradient, second) = (tensor(&[d, ff]), Flex::float_abs(tensor(&[d, ff])));
+    let mut state = Some((list(tensor(&[d, ff])), list(tensor(&[d, ff])), list(second)));
     bench.time(
         "adamw 576x1536",
         Work::Bytes(28 * d * ff),
         || (),
         |()| {
-            state = state.take().map(|(p, m, v)| Flex::adamw(p, m, v, gradient.clone(), rule));
+            state = state.take().map(|(p, m, v)| Flex::adamw(p, m, v, list(gradient.clone()), Maybe::Absent, rule));
         },
     );
-    bench.time("sum_squares 576x1536", Work::Bytes(4 * d * ff), || (), |()| drop(Flex::sum_squares(gradient.clone())));
+    let squares = |()| drop(Flex::sums(list(gradient.clone()), true));
+    bench.time("sum_squares 576x1536", Work::Bytes(4 * d * ff), || (), squares);
 
     let (x, w) = (tensor(&[t, d]), Flex::float_transpose(tensor(&[ff, d])));
     let (down, up) = (Flex::float_transpose(tensor(&[rank, d])), Flex::float_transpose(tensor(&[ff, rank])));

@@ -9,7 +9,7 @@ pub use crate::attention::{AttentionHints, AttentionRoute, KnownKeys};
 pub use crate::gated::Activation;
 pub use crate::groups::Rounding;
 use crate::packed::{Format, Layout, Order, Scales};
-use crate::{LowRankOps, Maybe, Packed, Weight};
+use crate::{LowRankOps, Maybe, Packed, Tensors, Weight};
 
 /// `y = x w + bias`. Gradients for `x`, and for `w` and `bias` only where they are trained.
 ///
@@ -356,14 +356,25 @@ pub fn adamw(
     gradient: Tensor<2>,
     rule: AdamW,
 ) -> (Tensor<2>, Tensor<2>, Tensor<2>) {
-    let (p, m, v) = Dispatch::adamw(
-        parameter.into_dispatch(),
-        first.into_dispatch(),
-        second.into_dispatch(),
-        gradient.into_dispatch(),
-        rule,
-    );
-    (Tensor::from_dispatch(p), Tensor::from_dispatch(m), Tensor::from_dispatch(v))
+    let [parameter, first, second] = adamw_all(vec![[parameter, first, second, gradient]], None, rule).remove(0);
+    (parameter, first, second)
+}
+
+/// [`adamw`] for several sets of parameter, moments and gradient by one rule; returns parameters and moments. On a GPU a few
+/// launches do all of them. `factor`, one number on the device, multiplies every gradient too: clipping without a read.
+pub fn adamw_all(sets: Vec<[Tensor<2>; 4]>, factor: Option<Tensor<1>>, rule: AdamW) -> Vec<[Tensor<2>; 3]> {
+    if sets.is_empty() {
+        return vec![];
+    }
+    let mut lists = [vec![], vec![], vec![], vec![]];
+    for set in sets {
+        lists.iter_mut().zip(set).for_each(|(list, tensor)| list.push(tensor.into_dispatch()));
+    }
+    let [parameters, first, second, gradients] = lists.map(Tensors);
+    let factor = Maybe::from_option(factor.map(Tensor::into_dispatch));
+    let (parameters, first, second) = Dispatch::adamw(parameters, first, second, gradients, factor, rule);
+    let sets = parameters.0.into_iter().zip(first.0).zip(second.0);
+    sets.map(|((parameter, first), second)| [parameter, first, second].map(Tensor::from_dispatch)).collect()
 }
 
 /// One AdamW step with moments in 8 bits, in place where the tensors are not shared; returns parameter and moments.
@@ -431,5 +442,17 @@ pub fn top_columns<const D: usize>(scores: Tensor<D>, count: usize) -> Tensor<1,
 
 /// The sum of the squares of all values, `[1]`.
 pub fn sum_squares<const D: usize>(x: Tensor<D>) -> Tensor<1> {
-    Tensor::from_dispatch(Dispatch::sum_squares(x.into_dispatch()))
+    Tensor::from_dispatch(Dispatch::sums(Tensors(vec![x.into_dispatch()]), true))
+}
+
+/// [`sum_squares`] of each of some tensors (at least one), one number for each. On a GPU a few launches do all of them.
+pub fn sum_squares_all<const D: usize>(tensors: Vec<Tensor<D>>) -> Tensor<1> {
+    let tensors = tensors.into_iter().map(Tensor::into_dispatch).collect();
+    Tensor::from_dispatch(Dispatch::sums(Tensors(tensors), true))
+}
+
+/// The sum of the values of each of some tensors (at least one), one number for each.
+pub fn sum_all<const D: usize>(tensors: Vec<Tensor<D>>) -> Tensor<1> {
+    let tensors = tensors.into_iter().map(Tensor::into_dispatch).collect();
+    Tensor::from_dispatch(Dispatch::sums(Tensors(tensors), false))
 }

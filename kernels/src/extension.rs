@@ -19,6 +19,7 @@ use crate::{
 
 /// An optional float tensor in the signature of an operation.
 #[derive(ExtensionType)]
+#[extension_type(fusion: cfg(feature = "gpu"))]
 pub enum Maybe<B: Backend> {
     /// The tensor is there.
     Given(FloatTensor<B>),
@@ -57,8 +58,8 @@ mod spec {
         TensorSpec::new(x.shape.clone(), dtype.into())
     }
 
-    pub fn number() -> TensorSpec {
-        TensorSpec::new(Shape::new([1]), DType::F32)
+    pub fn numbers(count: usize) -> TensorSpec {
+        TensorSpec::new(Shape::new([count]), DType::F32)
     }
 
     /// Rows and type of `x`, and so many columns.
@@ -428,16 +429,19 @@ pub trait LowRankOps: Backend {
         linear::zero_like::<Self>(&out, gradient)
     }
 
-    /// See [`crate::adamw`]; returns `(parameter, first, second)`.
-    #[fusion(meta = |parameter, first, second, _gradient, _rule| (parameter.clone(), first.clone(), second.clone()))]
+    /// See [`crate::adamw_all`]; returns parameters and moments.
+    #[fusion(meta = |parameters, first, second, _gradients, _factor, _rule| {
+        (parameters.clone(), first.clone(), second.clone())
+    })]
     fn adamw(
-        parameter: FloatTensor<Self>,
-        first: FloatTensor<Self>,
-        second: FloatTensor<Self>,
-        gradient: FloatTensor<Self>,
+        #[extension_type] parameters: Tensors<Self>,
+        #[extension_type] first: Tensors<Self>,
+        #[extension_type] second: Tensors<Self>,
+        #[extension_type] gradients: Tensors<Self>,
+        #[extension_type] factor: Maybe<Self>,
         rule: adamw::AdamW,
-    ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
-        adamw::reference::<Self>(parameter, first, second, gradient, rule)
+    ) -> (Tensors<Self>, Tensors<Self>, Tensors<Self>) {
+        adamw::reference::<Self>([parameters, first, second, gradients], factor.option(), rule)
     }
 
     /// See [`crate::adam8()`]; returns parameter, codes and scales.
@@ -478,10 +482,10 @@ pub trait LowRankOps: Backend {
         top_columns::reference::<Self>(scores, count)
     }
 
-    /// See [`crate::sum_squares`].
-    #[fusion(meta = |_x| spec::number())]
-    fn sum_squares(x: FloatTensor<Self>) -> FloatTensor<Self> {
-        reduce::reference::<Self>(x)
+    /// See [`crate::sum_squares_all`]; without `squared`, of the values themselves.
+    #[fusion(meta = |x, _squared| spec::numbers(x.len()))]
+    fn sums(#[extension_type] x: Tensors<Self>, squared: bool) -> FloatTensor<Self> {
+        reduce::reference::<Self>(x, squared)
     }
 }
 
@@ -489,3 +493,7 @@ pub trait LowRankOps: Backend {
 mod flex;
 
 mod autodiff;
+
+mod tensors;
+
+pub use tensors::Tensors;

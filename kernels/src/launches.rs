@@ -1,20 +1,27 @@
-//! How many kernels a program launches.
+//! How many kernels a program launches, and which.
 //!
-//! CubeCL calls an observer for every launch on the thread that issues it. Counting costs an atomic addition; nothing is timed.
+//! CubeCL calls an observer for every launch on the thread that issues it. Counting costs a lock that nobody else holds; nothing
+//! is timed.
 
 #[cfg(feature = "gpu")]
 mod observed {
-    use std::sync::Arc;
-    use std::sync::atomic::{AtomicU64, Ordering};
+    use std::collections::BTreeMap;
+    use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
     use cubecl_runtime::logging::{LaunchObservation, LaunchObserver};
 
     #[derive(Debug, Default)]
-    struct Counter(AtomicU64);
+    struct Counter(Mutex<BTreeMap<&'static str, u64>>);
+
+    impl Counter {
+        fn counts(&self) -> MutexGuard<'_, BTreeMap<&'static str, u64>> {
+            self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        }
+    }
 
     impl LaunchObserver for Counter {
-        fn launched(&self, _kernel: &'static str) {
-            self.0.fetch_add(1, Ordering::Relaxed);
+        fn launched(&self, kernel: &'static str) {
+            *self.counts().entry(kernel).or_default() += 1;
         }
     }
 
@@ -34,13 +41,20 @@ mod observed {
 
         /// Launches since then.
         pub fn count(&self) -> u64 {
-            self.counter.0.load(Ordering::Relaxed)
+            self.counter.counts().values().sum()
+        }
+
+        /// Launches since then by the name of the kernel's type.
+        pub fn by_kernel(&self) -> BTreeMap<&'static str, u64> {
+            self.counter.counts().clone()
         }
     }
 }
 
 #[cfg(not(feature = "gpu"))]
 mod observed {
+    use std::collections::BTreeMap;
+
     /// Counts launches; a build without graphics cards has none.
     #[derive(Debug)]
     pub struct Launches;
@@ -54,6 +68,11 @@ mod observed {
         /// None.
         pub fn count(&self) -> u64 {
             0
+        }
+
+        /// None.
+        pub fn by_kernel(&self) -> BTreeMap<&'static str, u64> {
+            BTreeMap::new()
         }
     }
 }

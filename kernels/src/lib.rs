@@ -65,7 +65,7 @@ mod top_columns;
 mod weight;
 
 pub use api::*;
-pub use extension::{LowRankOps, Maybe};
+pub use extension::{LowRankOps, Maybe, Tensors};
 mod api;
 pub use packed::Packed;
 pub use weight::Weight;

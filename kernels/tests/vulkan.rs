@@ -401,6 +401,11 @@ fn adamw(device: &Device) -> Vec<Vec<f32>> {
     let [p, m, v, g] = [1, 2, 3, 4].map(|seed| constant(seed, [5, 8], device).abs());
     let turned = kernels::adamw(p.transpose(), m.transpose(), v.transpose(), g.transpose(), rule);
     all.extend([turned.0, turned.1, turned.2].map(values));
+    // vectors of several widths in turns, more of one width than a launch takes, and several cubes of one tensor
+    let sizes = [[6, 10], [300, 8], [3, 7], [1, 1]].into_iter().chain((1..20).map(|rows| [rows, 4]));
+    let sets = sizes.map(|dims| [1, 2, 3, 4].map(|seed| constant(seed, dims, device).abs())).collect();
+    let factor = Tensor::from_floats([0.25], device);
+    all.extend(kernels::adamw_all(sets, Some(factor), rule).into_iter().flatten().map(values));
     all
 }
 
@@ -436,6 +441,10 @@ fn sum_squares(device: &Device) -> Vec<Vec<f32>> {
     all.push(of(constant::<2>(1, [6, 10], device).transpose()));
     all.push(of(constant::<2>(1, [6, 10], device).slice([1..4, 2..7])));
     all.push(of(constant::<2>(1, [6, 4], device).cast(FloatDType::F16)));
+    // large ones among small ones, of several widths, more than a launch takes
+    let sizes = [[6, 10], [5, 1], [301, 301], [512, 513], [3, 7]].into_iter().chain((1..40).map(|rows| [rows, 4]));
+    let tensors = sizes.map(|dims| constant::<2>(dims[0], dims, device).inner()).collect();
+    all.push(values(kernels::sum_squares_all(tensors)));
     all
 }
 

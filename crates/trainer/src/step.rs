@@ -9,8 +9,8 @@
 
 use burn::module::Module;
 use burn::tensor::{FloatDType, Gradients, Tensor};
-use lowrank_core::optim::Optimizer;
 use lowrank_core::optim::adamw::StepRule;
+use lowrank_core::optim::{Optimizer, Update};
 use lowrank_core::random::Stream;
 use lowrank_core::{Base, Projection};
 use lowrank_kernels as kernels;
@@ -45,17 +45,17 @@ pub struct Accumulated {
 }
 
 impl Accumulated {
-    /// Squares of the norms of all gradients of the step, one for each parameter; `None` without any.
-    pub fn squares(&self, optimizer: &Optimizer) -> Option<Tensor<1>> {
-        let mut parts: Vec<Tensor<1>> =
-            self.gradients.iter().map(|(name, gradient)| optimizer.squared_norm(name, gradient)).collect();
+    /// Squares of the norms of all gradients of the step, in parts.
+    pub fn squares(&self, optimizer: &Optimizer) -> Vec<Tensor<1>> {
+        let mut parts = optimizer.squared_norms(&self.gradients);
         parts.extend(self.applied_squares.iter().cloned());
-        if parts.is_empty() { None } else { Some(Tensor::cat(parts, 0)) }
+        parts
     }
 
     /// Global 2-norm of all gradients of the step (one read from the device).
     pub fn norm(&self, optimizer: &Optimizer) -> f64 {
-        let squares = self.squares(optimizer).map_or(vec![], host);
+        let parts = self.squares(optimizer);
+        let squares = if parts.is_empty() { vec![] } else { host(Tensor::cat(parts, 0)) };
         squares.iter().map(|&square| f64::from(square)).sum::<f64>().sqrt()
     }
 
@@ -119,23 +119,26 @@ fn update_codes_now<M: Network>(
     });
 }
 
-/// Multiplies all gradients by a number `[1]` that only the device knows.
-pub fn rescale(accumulated: &mut Accumulated, optimizer: &mut Optimizer, factor: &Tensor<1>) {
-    let gradients = std::mem::take(&mut accumulated.gradients);
-    let rescaled = |(name, gradient): (String, Tensor<2>)| {
-        let gradient = optimizer.rescale(&name, gradient, factor);
-        (name, gradient)
-    };
-    accumulated.gradients = gradients.into_iter().map(rescaled).collect();
-}
-
-/// Updates every parameter that has a gradient and removes the gradient.
+/// Updates every parameter that has a gradient and removes the gradient. Those without a low-rank method are taken out of the
+/// model and updated together.
 pub fn apply<M: Network>(model: &mut M, accumulated: &mut Accumulated, optimizer: &mut Optimizer, rules: Rules<'_>) {
     update_codes_now(model, optimizer, rules, &mut accumulated.gradients, |_| {});
-    model.map_parameters(&mut |name, value| match accumulated.gradients.remove(name) {
-        Some(gradient) => optimizer.step(name, value, gradient, rules(name)),
-        None => value,
+    let (mut updates, device) = (vec![], model.device());
+    model.map_parameters(&mut |name, parameter| match accumulated.gradients.remove(name) {
+        None => parameter,
+        Some(gradient) if optimizer.manages(name) => optimizer.step(name, parameter, gradient, rules(name)),
+        Some(gradient) => {
+            // no copy stays in the model, so that it can change in place
+            let stand_in = Tensor::empty(if parameter.dims()[0] == 1 { parameter.dims() } else { [1, 1] }, &device);
+            updates.push(Update { name: name.to_owned(), parameter, gradient, rule: rules(name) });
+            stand_in
+        }
     });
+    let names: Vec<String> = updates.iter().map(|update| update.name.clone()).collect();
+    let mut updated: Named = names.into_iter().zip(optimizer.step_plain(updates)).collect();
+    if !updated.is_empty() {
+        model.map_parameters(&mut |name, value| updated.remove(name).unwrap_or(value));
+    }
 }
 
 /// Whether a segment has parameters or codes that are trained.

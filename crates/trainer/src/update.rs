@@ -15,9 +15,10 @@ use lowrank_core::Delta;
 use lowrank_core::optim::Optimizer;
 use lowrank_core::optim::adamw::StepRule;
 use lowrank_core::projection::Gradient;
+use lowrank_kernels as kernels;
 use lowrank_models::{Network, NetworkBatch};
 
-use crate::step::{Accumulated, Losses, Pass, Rules, StepOptions, apply, rescale};
+use crate::step::{Accumulated, Losses, Pass, Rules, StepOptions, apply};
 
 /// Added to a norm before it divides, as torch does.
 const TINY: f64 = 1e-6;
@@ -149,11 +150,12 @@ pub fn take_step<M: Network>(
         Reading::Later => {
             let zero = || Tensor::<1>::zeros([1], &model.device());
             let loss = mean_loss(losses).unwrap_or_else(zero);
-            let norm = accumulated.squares(optimizer).map_or_else(zero, |squares| squares.sum().sqrt());
+            let squares = accumulated.squares(optimizer);
+            let norm = if squares.is_empty() { zero() } else { kernels::sum_all(squares).sum().sqrt() };
             let norm = norm * (1.0 / loss_scale);
             if plan.max_grad_norm > 0.0 {
                 let clip = (norm.clone() + TINY).recip().mul_scalar(plan.max_grad_norm).clamp_max(1.0);
-                rescale(&mut accumulated, optimizer, &clip);
+                optimizer.clip(clip);
             }
             apply(model, &mut accumulated, optimizer, &unscaled);
             constrain(model);

@@ -153,15 +153,17 @@ impl<B: LowRankOps, C: CheckpointStrategy> LowRankOps for Autodiff<B, C> {
     }
     // No gradient flows through a step of an optimiser.
     fn adamw(
-        parameter: FloatTensor<Self>,
-        first: FloatTensor<Self>,
-        second: FloatTensor<Self>,
-        gradient: FloatTensor<Self>,
+        parameters: Tensors<Self>,
+        first: Tensors<Self>,
+        second: Tensors<Self>,
+        gradients: Tensors<Self>,
+        factor: Maybe<Self>,
         rule: adamw::AdamW,
-    ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
-        let [p, m, v, g] = [parameter, first, second, gradient].map(|tensor| tensor.into_primitive());
-        let (p, m, v) = B::adamw(p, m, v, g, rule);
-        (Self::from_inner(p), Self::from_inner(m), Self::from_inner(v))
+    ) -> (Tensors<Self>, Tensors<Self>, Tensors<Self>) {
+        let [p, m, v, g] = [parameters, first, second, gradients].map(|all| all.map(|tensor| tensor.into_primitive()));
+        let factor = Maybe::from_option(factor.option().map(|factor| factor.into_primitive()));
+        let (p, m, v) = B::adamw(p, m, v, g, factor, rule);
+        (p.map(Self::from_inner), m.map(Self::from_inner), v.map(Self::from_inner))
     }
     fn adam8(
         parameter: FloatTensor<Self>,

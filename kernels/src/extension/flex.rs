@@ -85,8 +85,15 @@ impl LowRankOps for Flex {
     fn cross_entropy(logits: T, targets: IntTensor<Self>, softcap: f32) -> (T, T) {
         cross_entropy::cpu(logits, targets, softcap)
     }
-    fn adamw(parameter: T, first: T, second: T, gradient: T, rule: adamw::AdamW) -> (T, T, T) {
-        adamw::cpu(parameter, first, second, gradient, rule)
+    fn adamw(
+        parameters: Tensors<Self>,
+        first: Tensors<Self>,
+        second: Tensors<Self>,
+        gradients: Tensors<Self>,
+        factor: Maybe<Self>,
+        rule: adamw::AdamW,
+    ) -> (Tensors<Self>, Tensors<Self>, Tensors<Self>) {
+        adamw::cpu([parameters, first, second, gradients], factor.option(), rule)
     }
     fn adam8(
         parameter: T,
@@ -108,7 +115,7 @@ impl LowRankOps for Flex {
     fn top_columns(scores: T, count: usize) -> IntTensor<Self> {
         top_columns::cpu(scores, count)
     }
-    fn sum_squares(x: T) -> T {
-        reduce::cpu(x)
+    fn sums(x: Tensors<Self>, squared: bool) -> T {
+        reduce::cpu(x, squared)
     }
 }

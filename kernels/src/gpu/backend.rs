@@ -8,13 +8,13 @@ use super::{
     adam8, adamw, attention, codes, cross_entropy, gated, groups, reduce, rms_norm, rotary, stochastic_round, thin,
     top_columns,
 };
-use crate::LowRankOps;
 use crate::adam8::Adam8;
 use crate::adamw::AdamW;
 use crate::attention::AttentionHints;
 use crate::gated::Activation;
 use crate::groups::Rounding;
 use crate::packed::{Layout, PackedParts};
+use crate::{LowRankOps, Maybe, Tensors};
 
 type T = FloatTensor<CubeBackend>;
 
@@ -74,8 +74,16 @@ impl LowRankOps for CubeBackend {
     fn cross_entropy(logits: T, targets: IntTensor<Self>, softcap: f32) -> (T, T) {
         cross_entropy::forward(logits, targets, softcap)
     }
-    fn adamw(parameter: T, first: T, second: T, gradient: T, rule: AdamW) -> (T, T, T) {
-        adamw::step(parameter, first, second, gradient, rule)
+    fn adamw(
+        parameters: Tensors<Self>,
+        first: Tensors<Self>,
+        second: Tensors<Self>,
+        gradients: Tensors<Self>,
+        factor: Maybe<Self>,
+        rule: AdamW,
+    ) -> (Tensors<Self>, Tensors<Self>, Tensors<Self>) {
+        let (p, m, v) = adamw::step([parameters.0, first.0, second.0, gradients.0], factor.option(), rule);
+        (Tensors(p), Tensors(m), Tensors(v))
     }
     fn adam8(
         parameter: T,
@@ -104,7 +112,7 @@ impl LowRankOps for CubeBackend {
     fn top_columns(scores: T, count: usize) -> IntTensor<Self> {
         top_columns::largest(scores, count)
     }
-    fn sum_squares(x: T) -> T {
-        reduce::sum_squares(x)
+    fn sums(x: Tensors<Self>, squared: bool) -> T {
+        reduce::sums(x.0, squared)
     }
 }

@@ -5,7 +5,7 @@ use burn_flex::FlexTensor;
 
 use super::{Random, View, integers, values_of};
 use crate::adamw::AdamW;
-use crate::{Activation, AttentionHints, LowRankOps, Maybe};
+use crate::{Activation, AttentionHints, LowRankOps, Maybe, Tensors};
 
 #[track_caller]
 fn assert_same_bits(what: &str, operation: impl Fn() -> Vec<FlexTensor> + Sync) {
@@ -95,10 +95,11 @@ fn row_operations() {
         AdamW { learning_rate: 0.1, betas: (0.9, 0.99), eps: 1e-8, weight_decay: 0.0, step: 1, gradient_scale: 1.0 };
     let square = super::place(&values_of(&z).iter().map(|z| z * z).collect::<Vec<_>>(), &[300, 577], View::Packed);
     assert_same_bits("adamw", || {
-        let (p, m, v) = Flex::adamw(x.clone(), y.clone(), square.clone(), z.clone(), rule);
-        vec![p, m, v]
+        let [p, m, v, g] = [&x, &y, &square, &z].map(|tensor| Tensors(vec![tensor.clone()]));
+        let (p, m, v) = Flex::adamw(p, m, v, g, Maybe::Absent, rule);
+        [p, m, v].into_iter().flat_map(|list| list.0).collect()
     });
-    assert_same_bits("sum_squares", || vec![Flex::sum_squares(x.clone())]);
+    assert_same_bits("sums", || [true, false].map(|squared| Flex::sums(Tensors(vec![x.clone()]), squared)).to_vec());
     let (heads, cos, sin) = (random.tensor(&[3, 100, 4, 16]), random.tensor(&[300, 8]), random.tensor(&[300, 8]));
     assert_same_bits("rotary", || vec![Flex::rotary(heads.clone(), cos.clone(), sin.clone(), 1.0)]);
 }

@@ -64,6 +64,28 @@ pub struct StepRule {
     pub gradient_scale: f64,
 }
 
+/// A parameter `[m, n]` (f32), its gradient of the same shape, and the rule of the step.
+#[derive(Clone, Debug)]
+pub struct Update {
+    /// Name of the parameter.
+    pub name: String,
+    /// Its value before the step.
+    pub parameter: Tensor<2>,
+    /// Its gradient.
+    pub gradient: Tensor<2>,
+    /// How it is updated.
+    pub rule: StepRule,
+}
+
+/// Parameters that are updated by the same numbers.
+struct Group {
+    key: (StepRule, u32),
+    /// Where each came from, and its name.
+    members: Vec<(usize, String)>,
+    /// Parameter, moments, gradient.
+    sets: Vec<[Tensor<2>; 4]>,
+}
+
 /// The eps of torch's form that makes the same step.
 fn torch_eps(config: AdamWConfig, step: u32) -> f64 {
     match config.form {
@@ -78,27 +100,57 @@ impl AdamW {
         Self { config, state: BTreeMap::new() }
     }
 
-    /// Updates one parameter `[m, n]` (f32) with its gradient of the same shape.
+    /// The new value of one parameter `[m, n]` (f32) by its gradient of the same shape.
     pub fn step(&mut self, name: &str, parameter: Tensor<2>, gradient: Tensor<2>, rule: StepRule) -> Tensor<2> {
-        let Moments { first, second, step } = self.state.remove(name).unwrap_or_else(|| Moments {
-            first: Tensor::zeros(parameter.dims(), &parameter.device()),
-            second: Tensor::zeros(parameter.dims(), &parameter.device()),
-            step: 0,
-        });
-        let step = step + 1;
-        let decays_after = self.config.form == AdamForm::Hf;
-        let update = kernels::AdamW {
+        self.step_all(vec![Update { name: name.to_owned(), parameter, gradient, rule }], None).remove(0)
+    }
+
+    /// The new values of some parameters. Those with one rule are updated together, which on a GPU takes few launches; `factor`,
+    /// one number on the device, multiplies every gradient too.
+    pub fn step_all(&mut self, updates: Vec<Update>, factor: Option<&Tensor<1>>) -> Vec<Tensor<2>> {
+        let (mut groups, mut stepped): (Vec<Group>, Vec<_>) = (vec![], updates.iter().map(|_| None).collect());
+        for (position, Update { name, parameter, gradient, rule }) in updates.into_iter().enumerate() {
+            let Moments { first, second, step } = self.state.remove(&name).unwrap_or_else(|| Moments {
+                first: Tensor::zeros(parameter.dims(), &parameter.device()),
+                second: Tensor::zeros(parameter.dims(), &parameter.device()),
+                step: 0,
+            });
+            let key = (rule, step + 1);
+            let found = groups.iter().position(|group| group.key == key).unwrap_or_else(|| {
+                groups.push(Group { key, members: vec![], sets: vec![] });
+                groups.len() - 1
+            });
+            groups[found].members.push((position, name));
+            groups[found].sets.push([parameter, first, second, gradient]);
+        }
+        for Group { key: (rule, step), members, sets } in groups {
+            let updated = kernels::adamw_all(sets, factor.cloned(), self.rule(rule, step));
+            for ((position, name), [parameter, first, second]) in members.into_iter().zip(updated) {
+                self.state.insert(name, Moments { first, second, step });
+                stepped[position] = Some(self.decayed(parameter, rule));
+            }
+        }
+        stepped.into_iter().flatten().collect()
+    }
+
+    fn decays_after(&self) -> bool {
+        self.config.form == AdamForm::Hf
+    }
+
+    fn rule(&self, rule: StepRule, step: u32) -> kernels::AdamW {
+        kernels::AdamW {
             learning_rate: rule.learning_rate,
             betas: self.config.betas,
             eps: torch_eps(self.config, step),
-            weight_decay: if decays_after { 0.0 } else { rule.weight_decay },
+            weight_decay: if self.decays_after() { 0.0 } else { rule.weight_decay },
             step,
             gradient_scale: rule.gradient_scale,
-        };
-        let (parameter, first, second) = kernels::adamw(parameter, first, second, gradient, update);
-        self.state.insert(name.to_owned(), Moments { first, second, step });
+        }
+    }
+
+    fn decayed(&self, parameter: Tensor<2>, rule: StepRule) -> Tensor<2> {
         let decay = rule.learning_rate * rule.weight_decay;
-        if decays_after && decay > 0.0 { parameter * (1.0 - decay) } else { parameter }
+        if self.decays_after() && decay > 0.0 { parameter * (1.0 - decay) } else { parameter }
     }
 
     /// The state of every parameter for a checkpoint.

@@ -31,7 +31,7 @@ use std::collections::BTreeMap;
 use burn::tensor::{FloatDType, Tensor};
 use lowrank_kernels as kernels;
 
-pub use adamw::{AdamW, AdamWConfig, StepRule};
+pub use adamw::{AdamW, AdamWConfig, StepRule, Update};
 pub use galore::{Galore, GaloreConfig};
 pub use rules::{AdamForm, RuleConfig};
 pub use schedule::{Schedule, ScheduleKind};
@@ -208,6 +208,8 @@ pub struct Optimizer {
     weights: Weights,
     seed: u64,
     step: u64,
+    /// What multiplies all gradients of this step, where only the device knows it.
+    factor: Option<Tensor<1>>,
 }
 
 impl Optimizer {
@@ -220,6 +222,7 @@ impl Optimizer {
             weights: Weights::F32,
             seed: 0,
             step: 0,
+            factor: None,
         }
     }
 
@@ -243,7 +246,7 @@ impl Optimizer {
     /// Starts step number `step` (from 0); `passes` tells in how many parts the gradient of a matrix will come. Says what each
     /// managed matrix wants collected.
     pub fn begin(&mut self, step: u64, passes: &dyn Fn(&str) -> usize) -> BTreeMap<String, Gradient> {
-        self.step = step;
+        (self.step, self.factor) = (step, None);
         let collect =
             |(name, method): (&String, &mut Box<dyn MatrixOptimizer>)| (name.clone(), method.collect(passes(name)));
         self.matrices.iter_mut().map(collect).collect()
@@ -265,13 +268,29 @@ impl Optimizer {
         }
     }
 
-    /// The collected gradient of a parameter times a number `[1]` that only the device knows: clipping without a read. It
-    /// stands for [`StepRule::gradient_scale`] and is called once, before the step of any parameter.
-    pub fn rescale(&mut self, name: &str, collected: Tensor<2>, factor: &Tensor<1>) -> Tensor<2> {
-        if let Some(method) = self.matrices.get_mut(name) {
-            method.rescaled(factor);
+    /// The squares of the norms of all gradients of a step, in parts.
+    pub fn squared_norms(&self, collected: &BTreeMap<String, Tensor<2>>) -> Vec<Tensor<1>> {
+        let (managed, plain): (Vec<_>, Vec<_>) = collected.iter().partition(|(name, _)| self.manages(name));
+        let mut parts: Vec<_> =
+            managed.into_iter().map(|(name, collected)| self.squared_norm(name, collected)).collect();
+        if !plain.is_empty() {
+            parts.push(kernels::sum_squares_all(plain.into_iter().map(|(_, collected)| collected.clone()).collect()));
         }
-        collected * factor.clone().reshape([1, 1])
+        parts
+    }
+
+    /// The gradients of the step that was begun count times a number `[1]` that only the device knows: clipping without a read.
+    /// To be called once, before the step of any parameter, beside [`StepRule::gradient_scale`].
+    pub fn clip(&mut self, factor: Tensor<1>) {
+        self.matrices.values_mut().for_each(|method| method.rescaled(&factor));
+        self.factor = Some(factor);
+    }
+
+    fn clipped(&self, collected: Tensor<2>) -> Tensor<2> {
+        match &self.factor {
+            Some(factor) => collected * factor.clone().reshape([1, 1]),
+            None => collected,
+        }
     }
 
     /// The step that was begun is not made: its gradients are not finite.
@@ -279,11 +298,19 @@ impl Optimizer {
         self.matrices.values_mut().for_each(|method| method.leave_out());
     }
 
+    /// The new values of parameters that no low-rank method has, in few launches.
+    pub fn step_plain(&mut self, updates: Vec<Update>) -> Vec<Tensor<2>> {
+        self.plain.step_all(updates, self.factor.as_ref())
+    }
+
     /// The new value of a parameter, in the type it had.
     pub fn step(&mut self, name: &str, parameter: Tensor<2>, collected: Tensor<2>, rule: StepRule) -> Tensor<2> {
-        let Some(method) = self.matrices.get_mut(name) else {
-            return self.plain.step(name, parameter, collected, rule);
-        };
+        if !self.manages(name) {
+            let update = Update { name: name.to_owned(), parameter, gradient: collected, rule };
+            return self.step_plain(vec![update]).remove(0);
+        }
+        let collected = self.clipped(collected);
+        let Some(method) = self.matrices.get_mut(name) else { unreachable!("it manages the parameter") };
         if method.keeps_weight() {
             return method.step(parameter, collected, rule);
         }
@@ -303,9 +330,10 @@ impl Optimizer {
     /// The new codes of a parameter that is held as such: its values are there for this step only.
     pub fn step_packed(&mut self, name: &str, base: &PackedBase, collected: Tensor<2>, rule: StepRule) -> PackedBase {
         let values = base.weight.dense(FloatDType::F32);
+        let clipped = self.clipped(collected.clone());
         let updated = match self.matrices.get_mut(name) {
-            Some(method) => method.step(values, collected, rule),
-            None => self.plain.step(name, values, collected, rule),
+            Some(method) => method.step(values, clipped, rule),
+            None => self.step(name, values, collected, rule),
         };
         base.rounded(updated, self.rounding(name, base.weight.dims()))
     }

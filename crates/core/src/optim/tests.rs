@@ -28,7 +28,7 @@ fn step(optimizer: &mut Optimizer, weight: Tensor<2>, number: u64, clip: f64, on
     match on_device {
         true => {
             let factor = Tensor::from_data([clip as f32], &Device::flex());
-            let collected = optimizer.rescale("w", collected, &factor);
+            optimizer.clip(factor);
             optimizer.step("w", weight, collected, rule(1.0))
         }
         false => optimizer.step("w", weight, collected, rule(clip)),

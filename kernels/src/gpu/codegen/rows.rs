@@ -73,6 +73,11 @@ const fn over(input: usize) -> BufferCompilationArg {
     BufferCompilationArg { inplace: Some(input) }
 }
 
+/// Several arguments of one name.
+fn list<T: LaunchArg, const N: usize>(arguments: [T::CompilationArg; N]) -> SequenceCompilationArg<T> {
+    arguments.into_iter().collect()
+}
+
 const fn line(units: u32) -> CubeDim {
     CubeDim::new_1d(units)
 }
@@ -135,10 +140,13 @@ pub(super) const ROWS: &[Row] = &[
     row!(adam8 => adam8_kernel, Adam8Kernel, "f32", line(64),
         (B, B, B, B, B, B, B, B, (), (), (), (), (), (), ()),
         zero(Map::signed()), zero(Map::unsigned()), shared(64), F32, F32),
-    row!(adamw => adamw_kernel, AdamwKernel, "bf16", line(256),
-        (B, B, B, B, over(0), over(1), over(2), (), (), (), (), (), (), (), (), ()), 4, BF16, BF16),
+    row!(adamw => adamw_kernel, AdamwKernel, "bf16 two", line(256),
+        (list([B, B]), list([B, B]), list([B, B]), list([B, B]), list([B]), list([over(0), over(1)]),
+        list([over(2), over(3)]), list([over(4), over(5)]), list([(), ()]), (), (), (), (), (), (), (), (), ()),
+        4, BF16, BF16),
     row!(adamw => adamw_kernel, AdamwKernel, "f32", line(256),
-        (B, B, B, B, B, B, B, (), (), (), (), (), (), (), (), ()), 4, F32, F32),
+        (list([B]), list([B]), list([B]), list([B]), list([]), list([B]), list([B]), list([B]), list([()]),
+        (), (), (), (), (), (), (), (), ()), 4, F32, F32),
 
     row!(cross_entropy => cross_entropy_kernel, CrossEntropyKernel, "bf16", line(1024),
         (B, B, B, over(0), (), ()), 8, false, planes(1024), BF16, I32),
@@ -146,8 +154,9 @@ pub(super) const ROWS: &[Row] = &[
         (B, B, B, B, (), ()), 8, true, planes(1024), BF16, I64),
     row!(cross_entropy => cross_entropy_kernel, CrossEntropyKernel, "f32 capped", line(256),
         (B, B, B, B, (), ()), 1, true, shared(256), F32, I32),
-    row!(reduce => sum_kernel, SumKernel, "bf16 squares", line(256), (B, B), 8, true, planes(256), BF16),
-    row!(reduce => sum_kernel, SumKernel, "f32", line(256), (B, B), 4, false, shared(256), F32),
+    row!(reduce => sum_kernel, SumKernel, "bf16 squares of two", line(256), (list([B, B]), B, (), ()), 8,
+        true, planes(256), BF16),
+    row!(reduce => sum_kernel, SumKernel, "f32", line(256), (list([B]), B, (), ()), 4, false, shared(256), F32),
     row!(stochastic_round => stochastic_round_kernel, StochasticRoundKernel, "bf16", line(256),
         (B, B, (), ()), 4, FloatDType::BF16, BF16),
     row!(stochastic_round => stochastic_round_kernel, StochasticRoundKernel, "f16", line(256),

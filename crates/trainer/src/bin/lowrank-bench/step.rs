@@ -1,5 +1,6 @@
 //! `lowrank-bench step`: what a training step takes.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::time::Instant;
 
@@ -11,6 +12,7 @@ use lowrank_core::optim::Optimizer;
 use lowrank_core::optim::adamw::StepRule;
 use lowrank_core::quant::Quantisation;
 use lowrank_core::random::Stream;
+use lowrank_kernels::launches::Launches;
 use lowrank_models::{Batch, Decoder, Network, adapters, load, parameters};
 use lowrank_train::attach;
 use lowrank_train::calibrate::Measured;
@@ -62,6 +64,9 @@ pub struct Arguments {
     /// Name of the work in the tables, the same as the peer's.
     #[arg(long)]
     workload: Option<String>,
+    /// Also tell how often a step launches each kernel.
+    #[arg(long)]
+    list_kernels: bool,
 }
 
 pub fn run(arguments: Arguments) -> anyhow::Result<()> {
@@ -148,6 +153,10 @@ fn batches(vocab: usize, rows: usize, cols: usize) -> Vec<Batch> {
 /// Numbers of the steps that count.
 struct Numbers {
     timing: Timing,
+    /// Until the host had issued everything. With `launches`, tells whether a card waits for its host.
+    host: Timing,
+    /// A step, by kernel.
+    launches: BTreeMap<&'static str, f64>,
     loss: f64,
     gradient_bytes: usize,
     first_refresh: f64,
@@ -174,7 +183,7 @@ fn time_steps(mut decoder: Decoder, description: &str, arguments: &Arguments, co
     let what = arguments.optimizer.as_deref().or(arguments.adapter.as_deref()).unwrap_or("LoRA r=16");
     let base = arguments.quantization.as_ref().map_or(String::new(), |format| format!(" on {format}"));
     let (gib, mib) = ((1u64 << 30) as f64, (1u64 << 20) as f64);
-    let Numbers { timing, loss, gradient_bytes, first_refresh, device_bytes } = measured;
+    let Numbers { timing, host, launches, loss, gradient_bytes, first_refresh, device_bytes } = measured;
     crate::deliver(
         description,
         serde_json::json!({
@@ -187,6 +196,9 @@ fn time_steps(mut decoder: Decoder, description: &str, arguments: &Arguments, co
             "s_per_step": timing.median,
             "s_min": timing.min,
             "s_max": timing.max,
+            "host_s": host.median,
+            "launches": launches.values().sum::<f64>(),
+            "kernels": arguments.list_kernels.then_some(launches),
             "tokens_per_s": tokens / timing.median,
             "model_tflops": flops / timing.median / 1e12,
             "trainable": numbers,
@@ -212,11 +224,13 @@ fn measure(decoder: &mut Decoder, state: &mut Optimizer, arguments: &Arguments) 
     // As a run does: a card is not asked for the loss in every step.
     let reading = if device_memory(&device).is_some() { Reading::Later } else { Reading::EveryStep };
     let (mut times, mut loss, mut gradient_bytes, mut first_refresh) = (vec![], 0.0, 0, 0.0);
-    let (mut device_bytes, mut last) = (None, None::<Unread>);
+    let (mut device_bytes, mut last, mut host_times) = (None, None::<Unread>, vec![]);
+    let mut launched = None;
     for step in 0..arguments.warmup + arguments.steps {
         if step == arguments.warmup {
             wait(&device)?;
             device.memory_cleanup(); // what tuning took
+            launched = Launches::watch();
         }
         let batch = &batches[step % batches.len()];
         let started = Instant::now();
@@ -230,6 +244,7 @@ fn measure(decoder: &mut Decoder, state: &mut Optimizer, arguments: &Arguments) 
             immediate: arguments.optimizer.is_some(),
         };
         let outcome = take_step(decoder, state, std::slice::from_ref(batch), &plan, 1.0, reading);
+        let issued = started.elapsed().as_secs_f64();
         wait(&device)?;
         let seconds = started.elapsed().as_secs_f64();
         match outcome {
@@ -241,11 +256,16 @@ fn measure(decoder: &mut Decoder, state: &mut Optimizer, arguments: &Arguments) 
         }
         if step >= arguments.warmup {
             times.push(seconds);
+            host_times.push(issued);
             device_bytes = device_bytes.max(device_memory(&device).map(|memory| memory.reserved_bytes));
         }
     }
+    let launches = launched.map_or_else(BTreeMap::new, |launched| launched.by_kernel());
+    let launches =
+        launches.into_iter().map(|(kernel, count)| (kernel, count as f64 / arguments.steps as f64)).collect();
     for report in read_all(last.into_iter().collect()) {
         (loss, gradient_bytes) = (report.loss, gradient_bytes.max(report.gradient_bytes));
     }
-    Ok(Numbers { timing: Timing::of(times)?, loss, gradient_bytes, first_refresh, device_bytes })
+    let (timing, host) = (Timing::of(times)?, Timing::of(host_times)?);
+    Ok(Numbers { timing, host, launches, loss, gradient_bytes, first_refresh, device_bytes })
 }
