@@ -81,18 +81,51 @@ impl<E: Float, P: Size> Queries<E, P> {
     /// Raw tiles `Q K^T` and `dO V^T`.
     fn products(
         &self,
-        keys: &Shared<[Vector<E, P>]>,
-        values: &Shared<[Vector<E, P>]>,
+        keys: &Keys<E, P>,
         scores: &mut Shared<[f32]>,
         d_weights: &mut Shared<[f32]>,
         #[comptime] t: Tile,
     ) {
         let mut raw = Accumulator::zeros(comptime!(t.scores()));
-        raw.add::<E, P, P>(&self.q, keys, comptime!(t.scores()));
+        raw.add::<E, P, P>(&self.q, &keys.k, comptime!(t.scores()));
         raw.store(scores, comptime!(t.narrow_sums()), comptime!(t.scores()));
         let mut raw = Accumulator::zeros(comptime!(t.scores()));
-        raw.add::<E, P, P>(&self.d_out, values, comptime!(t.scores()));
+        raw.add::<E, P, P>(&self.d_out, &keys.v, comptime!(t.scores()));
         raw.store(d_weights, comptime!(t.narrow_sums()), comptime!(t.scores()));
+    }
+}
+
+/// A tile of keys and their values.
+#[derive(CubeType)]
+struct Keys<E: Float, P: Size> {
+    k: Shared<[Vector<E, P>]>,
+    v: Shared<[Vector<E, P>]>,
+}
+
+#[cube]
+impl<E: Float, P: Size> Keys<E, P> {
+    fn new(#[comptime] t: Tile) -> Keys<E, P> {
+        Keys::<E, P> { k: tile_in_shared_memory::<E, P>(t.keys, t), v: tile_in_shared_memory::<E, P>(t.keys, t) }
+    }
+
+    /// Up to a tile of one group from `key` of a sequence on; says where they start in memory and how many there are. The caller
+    /// synchronises.
+    fn load<N: Size>(
+        &mut self,
+        k: &[Vector<E, N>],
+        v: &[Vector<E, N>],
+        sequence: usize,
+        key: usize,
+        group: usize,
+        sizes: &Lengths,
+        #[comptime] t: Tile,
+    ) -> (usize, usize) {
+        let start = ((sequence * sizes.keys + key) * sizes.groups + group) * t.depth;
+        let count = min(sizes.keys - key, t.keys.runtime());
+        let stride = sizes.groups * t.depth;
+        load_rows::<E, N, P>(k, &mut self.k, start, stride, count, t.keys, t);
+        load_rows::<E, N, P>(v, &mut self.v, start, stride, count, t.keys, t);
+        (start, count)
     }
 }
 
@@ -114,8 +147,7 @@ pub(in crate::gpu) fn query_gradient_kernel<E: Float, I: Int, N: Size, P: Size>(
     #[define(I)] _int: ElemType,
 ) {
     let mut queries = Queries::<E, P>::new(t);
-    let mut keys = tile_in_shared_memory::<E, P>(t.keys, t);
-    let mut values = tile_in_shared_memory::<E, P>(t.keys, t);
+    let mut keys = Keys::<E, P>::new(t);
     let mut scores = Shared::<[f32]>::new_aligned_slice(comptime!(t.cells()), ALIGN);
     let mut d_weights = Shared::<[f32]>::new_aligned_slice(comptime!(t.cells()), ALIGN);
     let mut d_scores = Shared::<[Vector<E, Const<1>>]>::new_aligned_slice(comptime!(t.rows * t.narrow()), ALIGN);
@@ -128,7 +160,6 @@ pub(in crate::gpu) fn query_gradient_kernel<E: Float, I: Int, N: Size, P: Size>(
     let query = ((sizes.queries - 1) / t.rows - CUBE_POS_X as usize) * t.rows;
     let row = sequence * sizes.queries + query;
     let count = min(sizes.queries - query, t.rows.runtime());
-    let key_stride = sizes.groups * t.depth;
     let unit = UNIT_POS as usize;
 
     queries.ranges.load::<I>(ranges, row, count, sizes.keys, t.rows);
@@ -141,12 +172,9 @@ pub(in crate::gpu) fn query_gradient_kernel<E: Float, I: Int, N: Size, P: Size>(
     let mut sums = Accumulator::zeros(comptime!(t.over_keys()));
     let mut key = first;
     while key < end {
-        let start = ((sequence * sizes.keys + key) * sizes.groups + group) * t.depth;
-        let key_count = min(sizes.keys - key, t.keys.runtime());
-        load_rows::<E, N, P>(k, &mut keys, start, key_stride, key_count, t.keys, t);
-        load_rows::<E, N, P>(v, &mut values, start, key_stride, key_count, t.keys, t);
+        keys.load::<N>(k, v, sequence, key, group, &sizes, t);
         sync_cube();
-        queries.products(&keys, &values, &mut scores, &mut d_weights, t);
+        queries.products(&keys, &mut scores, &mut d_weights, t);
         sync_cube();
         let mut i = unit;
         while i < comptime!(t.rows * t.keys) {
@@ -158,7 +186,7 @@ pub(in crate::gpu) fn query_gradient_kernel<E: Float, I: Int, N: Size, P: Size>(
             i += UNITS;
         }
         sync_cube();
-        sums.add::<E, Const<1>, P>(&d_scores, &keys, comptime!(t.over_keys()));
+        sums.add::<E, Const<1>, P>(&d_scores, &keys.k, comptime!(t.over_keys()));
         sync_cube();
         key += t.keys;
     }
@@ -194,8 +222,7 @@ pub(in crate::gpu) fn key_gradient_kernel<E: Float, I: Int, N: Size, P: Size>(
     #[define(I)] _int: ElemType,
 ) {
     let mut queries = Queries::<E, P>::new(t);
-    let mut keys = tile_in_shared_memory::<E, P>(t.keys, t);
-    let mut values = tile_in_shared_memory::<E, P>(t.keys, t);
+    let mut keys = Keys::<E, P>::new(t);
     let mut scores = Shared::<[f32]>::new_aligned_slice(comptime!(t.cells()), ALIGN);
     let mut d_weights = Shared::<[f32]>::new_aligned_slice(comptime!(t.cells()), ALIGN);
     let mut weights = Shared::<[Vector<E, Const<1>>]>::new_aligned_slice(comptime!(t.rows * t.narrow()), ALIGN);
@@ -207,13 +234,10 @@ pub(in crate::gpu) fn key_gradient_kernel<E: Float, I: Int, N: Size, P: Size>(
     let group = CUBE_POS_Y as usize % sizes.groups;
     let repeats = sizes.heads / sizes.groups;
     let key = CUBE_POS_X as usize * t.keys;
-    let key_count = min(sizes.keys - key, t.keys.runtime());
-    let start = ((sequence * sizes.keys + key) * sizes.groups + group) * t.depth;
     let stride = sizes.groups * t.depth;
     let unit = UNIT_POS as usize;
 
-    load_rows::<E, N, P>(k, &mut keys, start, stride, key_count, t.keys, t);
-    load_rows::<E, N, P>(v, &mut values, start, stride, key_count, t.keys, t);
+    let (start, key_count) = keys.load::<N>(k, v, sequence, key, group, &sizes, t);
     let mut dk_sums = Accumulator::zeros(comptime!(t.over_queries()));
     let mut dv_sums = Accumulator::zeros(comptime!(t.over_queries()));
     let mut query = 0usize.runtime();
@@ -229,7 +253,7 @@ pub(in crate::gpu) fn key_gradient_kernel<E: Float, I: Int, N: Size, P: Size>(
                 let head = group * repeats + repeat;
                 queries.load::<N>(q, d_out, lse, delta, row, head, count, &sizes, t);
                 sync_cube();
-                queries.products(&keys, &values, &mut scores, &mut d_weights, t);
+                queries.products(&keys, &mut scores, &mut d_weights, t);
                 sync_cube();
                 let mut i = unit;
                 while i < comptime!(t.rows * t.keys) {
