@@ -409,28 +409,37 @@ fn adamw(device: &Device) -> Vec<Vec<f32>> {
     all
 }
 
-/// Three steps, so that codes that were written are read: one block and a part of one, several blocks, one value.
-fn adam8(device: &Device) -> Vec<Vec<f32>> {
-    let run = |dims: [usize; 2], block: usize, is_held: bool| {
-        let mut state = (constant(1, dims, device), Moments8::zeros(dims[0] * dims[1], block, device));
-        let mut held = vec![];
-        for step in 1..=3 {
-            if is_held {
-                held.push(state.clone());
-            }
-            let rule = Adam8 { learning_rate: 0.1, betas: (0.9, 0.99), eps: 1e-8, weight_decay: 0.1, step };
-            state = kernels::adam8(state.0, constant(10 + step as usize, dims, device), state.1, rule);
+/// Three steps, so that codes that were written are read.
+fn adam8_steps(dims: [usize; 2], block: usize, is_held: bool, dtype: FloatDType, device: &Device) -> Vec<Vec<f32>> {
+    let mut state = (constant(1, dims, device).cast(dtype), Moments8::zeros(dims[0] * dims[1], block, device));
+    let mut held = vec![];
+    for step in 1..=3 {
+        if is_held {
+            held.push(state.clone());
         }
-        held.push(state);
-        let all = held.into_iter().flat_map(|(parameter, moments)| {
-            let [(first, first_scale), (second, second_scale)] = moments.to_host();
-            let codes = first.into_iter().chain(second).map(f32::from).collect();
-            [values(parameter), first_scale, second_scale, codes]
-        });
-        all.collect::<Vec<_>>()
-    };
-    let cases = [([3, 87], 256, false), ([8, 64], 128, true), ([1, 1], 4, false)];
-    cases.into_iter().flat_map(|(dims, block, is_held)| run(dims, block, is_held)).collect()
+        let rule = Adam8 { learning_rate: 0.1, betas: (0.9, 0.99), eps: 1e-8, weight_decay: 0.1, step };
+        let gradient = constant(10 + step as usize, dims, device).cast(dtype);
+        state = kernels::adam8(state.0, gradient, state.1, rule);
+    }
+    held.push(state);
+    let all = held.into_iter().flat_map(|(parameter, moments)| {
+        let [(first, first_scale), (second, second_scale)] = moments.to_host();
+        let codes = first.into_iter().chain(second).map(f32::from).collect();
+        [values(parameter), first_scale, second_scale, codes]
+    });
+    all.collect()
+}
+
+/// One block and a part of one, several blocks, one value; single values and vectors of two and four.
+fn adam8(device: &Device) -> Vec<Vec<f32>> {
+    let cases = [([3, 87], 256, false), ([8, 64], 128, true), ([1, 6], 4, true), ([1, 1], 4, false)];
+    let run = |(dims, block, is_held)| adam8_steps(dims, block, is_held, FloatDType::F32, device);
+    cases.into_iter().flat_map(run).collect()
+}
+
+fn adam8_f16(device: &Device) -> Vec<Vec<f32>> {
+    let run = |dims| adam8_steps(dims, 64, false, FloatDType::F16, device);
+    [[5, 20], [3, 7]].into_iter().flat_map(run).collect()
 }
 
 /// One launch and two, vectors and single values, one value, a transposed matrix.
@@ -540,6 +549,7 @@ fn operations_agree_with_the_cpu() {
         ("cross_entropy in f16", cross_entropy_f16, HALF_TOLERANCE),
         ("adamw", adamw, tolerance),
         ("adam8", adam8, tolerance),
+        ("adam8 in f16", adam8_f16, HALF_TOLERANCE),
         ("pack_groups", pack_groups, tolerance),
         ("top_columns", top_columns, 0.0),
         ("sum_squares", sum_squares, tolerance),

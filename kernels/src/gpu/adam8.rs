@@ -1,18 +1,21 @@
 //! The AdamW step on 8-bit moments, on a GPU; equations and formats in `crate::adam8`. One cube per block of values,
-//! four values (a word of codes) a unit; in place where the tensors are not shared.
+//! four values (a word of codes) a unit, as one vector where their number is a multiple of four; in place where the
+//! tensors are not shared.
 //!
 //! Memory bound in DRAM: with f32 parameter and gradient 16 bytes a value (12 for the two, 4 for codes in and out),
 //! with a GaLore matrix of 1024 x 4096 on 4.8 TB/s: 67 MB, floor 14 us. But the codes come by a search in shared
 //! memory: 8 reads a code, 18 a value with decoding; at 32 a clock and multiprocessor and four-fold conflicts that is
-//! 42 us. Not measured yet. A cube goes on to further blocks, so that the 4 KiB of maps are read once a cube, not once
-//! a block.
+//! 42 us. Not measured yet. ptxas 12.9 gives units 37 registers in bf16 for sm_90a; a plane reads 256 bytes of parameter
+//! and of gradient by one instruction each. A cube goes on to further blocks, so that the 4 KiB of maps are read once a
+//! cube, not once a block.
 
 use burn::tensor::DType;
 use burn_cubecl::tensor::CubeTensor;
 use cubecl::prelude::*;
 
 use super::launch::{
-    Fold, InPlace, RowCube, address_type, assert_dtype, assert_shape, cube_fold, dense, element, per_row,
+    Fold, InPlace, RowCube, address_type, assert_dtype, assert_shape, cube_fold, dense, element, flat_vector_size,
+    per_row,
 };
 use crate::adam8::{Adam8, Factors};
 use crate::map8::Map;
@@ -47,13 +50,13 @@ fn encode(maps: &Shared<[f32]>, start: usize, value: f32, scale: f32, #[comptime
 }
 
 #[cube(launch_unchecked, address_type = "dynamic")]
-pub(super) fn adam8_kernel<P: Float, G: Float>(
-    parameter: &[P],
+pub(super) fn adam8_kernel<P: Float, G: Float, N: Size>(
+    parameter: &[Vector<P, N>],
     codes: &[i32],
     absmax: &[f32],
-    gradient: &[G],
+    gradient: &[Vector<G, N>],
     maps: &[f32],
-    parameter_out: &mut [P],
+    parameter_out: &mut [Vector<P, N>],
     codes_out: &mut [i32],
     absmax_out: &mut [f32],
     decay: f32,
@@ -92,26 +95,35 @@ pub(super) fn adam8_kernel<P: Float, G: Float>(
         if word < words {
             let first_codes = u32::reinterpret(codes[word]);
             let second_codes = u32::reinterpret(codes[words + word]);
+            let size = N::value();
             #[unroll]
-            for j in 0..4usize {
-                let shift = comptime!(8 * j as u32).runtime();
-                let at = word * 4 + j;
+            for part in 0..comptime!(4 / size) {
+                let at = word * comptime!(4 / size) + part;
                 if at < parameter.len() {
-                    let g = f32::cast_from(gradient[at]);
-                    let old_m = table[((first_codes >> shift) & 255u32) as usize] * first_scale;
-                    let old_v = table[512 + ((second_codes >> shift) & 255u32) as usize] * second_scale;
-                    let new_m = b1 * old_m + c1 * g;
-                    let new_v = b2 * old_v + c2 * g * g;
-                    let keep = (u32::reinterpret(new_v) & 0x7f80_0000u32) != 0x7f80_0000u32;
-                    let p = f32::cast_from(parameter[at]);
-                    let updated = p * decay - step_size * (new_m / (new_v.sqrt() + eps));
-                    parameter_out[at] = P::cast_from(select(keep, updated, p));
-                    let kept_m = select(keep, new_m, 0.0f32);
-                    let kept_v = select(keep, new_v, 0.0f32);
-                    first_largest = max(first_largest, kept_m.abs());
-                    second_largest = max(second_largest, kept_v);
-                    m.insert(j, kept_m);
-                    v.insert(j, kept_v);
+                    let gradients = Vector::<f32, N>::cast_from(gradient[at]);
+                    let parameters = Vector::<f32, N>::cast_from(parameter[at]);
+                    let mut all_updated = Vector::<f32, N>::empty();
+                    #[unroll]
+                    for n in 0..size {
+                        let j = comptime!(part * size + n);
+                        let shift = comptime!(8 * j as u32).runtime();
+                        let g = gradients.extract(n);
+                        let old_m = table[((first_codes >> shift) & 255u32) as usize] * first_scale;
+                        let old_v = table[512 + ((second_codes >> shift) & 255u32) as usize] * second_scale;
+                        let new_m = b1 * old_m + c1 * g;
+                        let new_v = b2 * old_v + c2 * g * g;
+                        let keep = (u32::reinterpret(new_v) & 0x7f80_0000u32) != 0x7f80_0000u32;
+                        let p = parameters.extract(n);
+                        let updated = p * decay - step_size * (new_m / (new_v.sqrt() + eps));
+                        all_updated.insert(n, select(keep, updated, p));
+                        let kept_m = select(keep, new_m, 0.0f32);
+                        let kept_v = select(keep, new_v, 0.0f32);
+                        first_largest = max(first_largest, kept_m.abs());
+                        second_largest = max(second_largest, kept_v);
+                        m.insert(j, kept_m);
+                        v.insert(j, kept_v);
+                    }
+                    parameter_out[at] = Vector::cast_from(all_updated);
                 }
             }
         }
@@ -161,19 +173,21 @@ pub(crate) fn step(
     }
     let (client, address) = (parameter.client.clone(), address_type(&[&parameter, &gradient]));
     let cube = RowCube::exactly(&client, (block / 4) as u32);
+    let vector = flat_vector_size(&[&parameter, &gradient]).min(4);
     let kinds = (element(&parameter), element(&gradient));
     let zeros = [Map::signed(), Map::unsigned()].map(|map| u32::from(map.zero()));
     let Factors { decay, step_size, eps, kept: [b1, b2], added: [c1, c2] } = rule.factors();
     let [parameter, codes, absmax] =
         [(parameter, 0), (codes, 1), (absmax, 2)].map(|(tensor, position)| InPlace::new(tensor, position));
-    // SAFETY: values are checked against the length of the parameter, words and blocks against those of codes and
-    // scales; the shapes above belong together, and a code is below 256.
+    // SAFETY: vectors divide the parameter and are checked against its length, words and blocks against those of codes
+    // and scales; the shapes above belong together, and a code is below 256.
     unsafe {
         adam8_kernel::launch_unchecked(
             &client,
             per_row(len.div_ceil(block).min(MOST_CUBES)),
             cube.dim(),
             address,
+            vector,
             parameter.input,
             codes.input,
             absmax.input,

@@ -104,7 +104,7 @@ pub fn packed(device: &Device) -> Vec<Vec<f32>> {
     let run = |(format, block, nested, order, [d_in, d_out]): (Format, usize, Option<usize>, Order, [usize; 2])| {
         let w = weight(format, block, nested, order, [d_in, d_out], device);
         let mut all = vec![values(w.dense(FloatDType::F32)), values(w.rows(1..3, FloatDType::F32))];
-        for tokens in if d_in == 264 { vec![1, 3] } else { vec![3] } {
+        for tokens in if d_in == 264 { vec![1, 7] } else { vec![3] } {
             let x = constant(1, [tokens, d_in], device).require_grad();
             let y = kernels::linear(x.clone(), w.clone(), Some(constant(2, [d_out], device)));
             let grads = kernels::backward_from(y.clone(), constant(9, [tokens, d_out], device));

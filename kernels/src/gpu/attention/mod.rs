@@ -21,8 +21,9 @@
 //! told to; [`AttentionRoute`] is the switch by which a test or a bench on a card compares all three.
 //!
 //! What ptxas 12.9 makes of the fragment form for sm_90a at d = 128, 128 units, no spills: forward of 64 queries by 64 keys 158
-//! registers and 65 KB of shared memory (three cubes a multiprocessor), query gradient 64 x 32 124 and 79 KB, key gradient 127
-//! and 84 KB (two). Tiles are filled by single 16-bit stores, results leave so too: the first thing to widen.
+//! registers and 68 KB of shared memory (three cubes a multiprocessor), query gradient 64 x 32 124 and 81 KB, key gradient 125
+//! and 86 KB (two). Tiles come in and are filled by 128 bits, results leave by as many: a unit fills a tile of 64 x 128 by 8
+//! stores. A width that 8 does not divide goes by narrower vectors; registers are filled value by value.
 
 pub(super) mod chunks;
 pub(super) mod product;

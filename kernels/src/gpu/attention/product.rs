@@ -5,6 +5,9 @@
 //! (wmma, cooperative matrices, simdgroup matrices) and needs planes of 32 and the type pair in the device's list.
 //! Sums are f32 in both. Layouts of fragments are unknown to a kernel, so rows are scaled and written through a scratch of one
 //! fragment a plane.
+//!
+//! Operands lie in shared memory as vectors: single values for registers, which read a row value by value, and for fragments
+//! the vectors of global memory, 128 bits where the width of a head allows it, so that a tile is filled by as wide stores.
 
 use cubecl::cmma::{self, Matrix, MatrixIdent, MatrixLayout};
 use cubecl::prelude::*;
@@ -17,8 +20,10 @@ const UNIT_COLUMNS: usize = 16;
 /// Fragment form: planes of a cube, and the side of a fragment.
 const PLANES: usize = 4;
 const SIDE: usize = 16;
-/// Numbers of the scratch that [`Accumulator::scale_rows`] and [`Accumulator::write`] need.
-pub(super) const SCRATCH: usize = PLANES * SIDE * SIDE;
+/// Numbers of the scratch of fragments.
+const SCRATCH: usize = PLANES * SIDE * SIDE;
+/// Values of the widest vector: those of a fragment for each unit of a plane.
+pub(super) const WIDEST: usize = SIDE * SIDE / 32;
 
 /// How products are formed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -28,11 +33,27 @@ pub(in crate::gpu) enum Form {
 }
 
 /// Distance of rows in shared memory: off the power of two that would put a column into one bank, and for fragments a multiple
-/// of 16 bytes.
+/// of 16 bytes; an odd one, as `width` is a multiple of 16, so that eight rows of 16 bytes meet all banks once.
 pub(super) const fn padded(width: usize, form: Form) -> usize {
     match form {
         Form::Registers => width + 1,
         Form::Fragments => width + 8,
+    }
+}
+
+/// The same for f32.
+pub(super) const fn padded_sums(width: usize, form: Form) -> usize {
+    match form {
+        Form::Registers => width + 1,
+        Form::Fragments => width + 4,
+    }
+}
+
+/// Numbers of the scratch that [`Accumulator::scale_rows`] and [`Accumulator::write`] need, in vectors of `piece`.
+pub(super) const fn scratch(form: Form, piece: usize) -> usize {
+    match form {
+        Form::Registers => piece,
+        Form::Fragments => SCRATCH,
     }
 }
 
@@ -112,6 +133,29 @@ fn own_column(j: usize, #[comptime] p: Product) -> usize {
     }
 }
 
+/// Row and column in a fragment of vector `turn` of a unit of its plane, in row-major order.
+#[cube]
+fn place_in_fragment(unit: usize, #[comptime] turn: usize, #[comptime] size: usize) -> (usize, usize) {
+    let vector = unit + comptime!(turn * 32);
+    let across = comptime!(SIDE / size);
+    (vector / across, vector % across * size)
+}
+
+/// The fragment at number `at` of a tile in shared memory.
+#[cube]
+fn fragment<E: Float, N: Size>(
+    tile: &[Vector<E, N>],
+    at: usize,
+    #[comptime] stride: usize,
+    #[comptime] ident: MatrixIdent,
+    #[comptime] layout: MatrixLayout,
+) -> Matrix<E> {
+    // SAFETY: filled on the next line.
+    let mut out = unsafe { Matrix::<E>::uninitialized(ident, SIDE, SIDE, SIDE, layout) };
+    cmma::load(&mut out, &tile[at / N::value()..tile.len()], stride as u32);
+    out
+}
+
 #[cube]
 impl Accumulator {
     /// All zeros.
@@ -140,16 +184,21 @@ impl Accumulator {
         Accumulator { sums, fragments }
     }
 
-    /// `self += op(a) op(b)`.
-    pub fn add<E: Float>(&mut self, a: &[E], b: &[E], #[comptime] p: Product) {
+    /// `self += op(a) op(b)`; `a` and `b` are single values for registers.
+    pub fn add<E: Float, A: Size, B: Size>(&mut self, a: &[Vector<E, A>], b: &[Vector<E, B>], #[comptime] p: Product) {
         if comptime!(p.form == Form::Registers) {
-            self.add_registers::<E>(a, b, p);
+            self.add_registers::<E, A, B>(a, b, p);
         } else {
-            self.add_fragments::<E>(a, b, p);
+            self.add_fragments::<E, A, B>(a, b, p);
         }
     }
 
-    fn add_registers<E: Float>(&mut self, a: &[E], b: &[E], #[comptime] p: Product) {
+    fn add_registers<E: Float, A: Size, B: Size>(
+        &mut self,
+        a: &[Vector<E, A>],
+        b: &[Vector<E, B>],
+        #[comptime] p: Product,
+    ) {
         let rows = comptime!(p.own_rows());
         let columns = comptime!(p.own_columns());
         for k in 0..p.inner {
@@ -158,13 +207,13 @@ impl Accumulator {
             for i in 0..rows {
                 let row = own_row(i, p);
                 let at = if comptime!(p.a_transposed) { k * p.a_stride + row } else { row * p.a_stride + k };
-                left[i] = f32::cast_from(a[at]);
+                left[i] = f32::cast_from(a[at].extract(0usize));
             }
             #[unroll]
             for j in 0..columns {
                 let column = own_column(j, p);
                 let at = if comptime!(p.b_transposed) { column * p.b_stride + k } else { k * p.b_stride + column };
-                let right = f32::cast_from(b[at]);
+                let right = f32::cast_from(b[at].extract(0usize));
                 #[unroll]
                 for i in 0..rows {
                     self.sums[i * columns + j] += left[i] * right;
@@ -173,7 +222,12 @@ impl Accumulator {
         }
     }
 
-    fn add_fragments<E: Float>(&mut self, a: &[E], b: &[E], #[comptime] p: Product) {
+    fn add_fragments<E: Float, A: Size, B: Size>(
+        &mut self,
+        a: &[Vector<E, A>],
+        b: &[Vector<E, B>],
+        #[comptime] p: Product,
+    ) {
         let rows = comptime!(p.own_rows());
         let columns = comptime!(p.own_columns());
         let a_layout = comptime!(if p.a_transposed { MatrixLayout::ColMajor } else { MatrixLayout::RowMajor });
@@ -185,15 +239,13 @@ impl Accumulator {
             for i in 0..rows {
                 let row = own_row(i, p);
                 let at = if comptime!(p.a_transposed) { k * p.a_stride + row } else { row * p.a_stride + k };
-                let (ident, stride) = comptime!((MatrixIdent::A, p.a_stride as u32));
-                left.push(Matrix::<E>::from_slice(ident, SIDE, SIDE, SIDE, a_layout, &a[at..a.len()], stride));
+                left.push(fragment::<E, A>(a, at, p.a_stride, MatrixIdent::A, a_layout));
             }
             #[unroll]
             for j in 0..columns {
                 let column = own_column(j, p);
                 let at = if comptime!(p.b_transposed) { column * p.b_stride + k } else { k * p.b_stride + column };
-                let (ident, stride) = comptime!((MatrixIdent::B, p.b_stride as u32));
-                let right = Matrix::<E>::from_slice(ident, SIDE, SIDE, SIDE, b_layout, &b[at..b.len()], stride);
+                let right = fragment::<E, B>(b, at, p.b_stride, MatrixIdent::B, b_layout);
                 #[unroll]
                 for i in 0..rows {
                     let index = comptime!(i * columns + j);
@@ -228,8 +280,10 @@ impl Accumulator {
         }
     }
 
-    /// Multiplies every row by its factor in shared memory. `scratch` holds [`SCRATCH`] numbers that no one else uses meanwhile.
-    pub fn scale_rows(&mut self, factors: &[f32], scratch: &mut [f32], #[comptime] p: Product) {
+    /// Multiplies every row by its factor, fragments by way of `scratch`, which no one else uses meanwhile.
+    pub fn scale_rows<N: Size>(&mut self, factors: &[f32], scratch: &mut [Vector<f32, N>], #[comptime] p: Product) {
+        let size = N::value();
+        let vectors = comptime!(SIDE * SIDE / size);
         let rows = comptime!(p.own_rows());
         let columns = comptime!(p.own_columns());
         #[unroll]
@@ -251,8 +305,8 @@ impl Accumulator {
                     #[unroll]
                     for j in 0..columns {
                         let index = comptime!(i * columns + j);
-                        let start = PLANE_POS as usize * (SIDE * SIDE);
-                        let end = start + SIDE * SIDE;
+                        let start = PLANE_POS as usize * vectors;
+                        let end = start + vectors;
                         cmma::store(
                             &mut scratch[start..end],
                             &self.fragments[index],
@@ -261,9 +315,10 @@ impl Accumulator {
                         );
                         sync_plane();
                         #[unroll]
-                        for turn in 0..comptime!(SIDE * SIDE / 32) {
-                            let cell = UNIT_POS_PLANE as usize + turn * 32;
-                            scratch[start + cell] *= factors[row + cell / SIDE];
+                        for turn in 0..comptime!(vectors / 32) {
+                            let unit = UNIT_POS_PLANE as usize;
+                            let (r, _column) = place_in_fragment(unit, turn, size);
+                            scratch[start + unit + comptime!(turn * 32)] *= Vector::new(factors[row + r]);
                         }
                         sync_plane();
                         cmma::load_with_layout(
@@ -279,53 +334,82 @@ impl Accumulator {
         }
     }
 
-    /// Overwrites rows `0..count` of `out`, `depth` numbers each, which start at `start` and are `stride` apart, with
-    /// `factor[row] * self`.
-    pub fn write<E: Float>(
+    /// Overwrites rows `0..count` of `out`, `depth` numbers each, which start at number `start` and are `stride` apart, with
+    /// `factor[row] * self`. Vectors divide all three; for registers they are single values.
+    pub fn write<E: Float, N: Size>(
         &self,
-        out: &mut [E],
+        out: &mut [Vector<E, N>],
         start: usize,
         stride: usize,
         count: usize,
         factors: &[f32],
-        scratch: &mut [f32],
+        scratch: &mut [Vector<f32, N>],
         #[comptime] depth: usize,
         #[comptime] p: Product,
     ) {
+        if comptime!(p.form == Form::Registers) {
+            let rows = comptime!(p.own_rows());
+            let columns = comptime!(p.own_columns());
+            #[unroll]
+            for i in 0..rows {
+                let row = own_row(i, p);
+                #[unroll]
+                for j in 0..columns {
+                    let column = own_column(j, p);
+                    if row < count && column < depth {
+                        let value = self.sums[i * columns + j] * factors[row];
+                        out[start + row * stride + column] = Vector::new(E::cast_from(value));
+                    }
+                }
+            }
+        } else {
+            self.write_fragments::<E, N>(out, start, stride, count, factors, scratch, depth, p);
+        }
+    }
+
+    fn write_fragments<E: Float, N: Size>(
+        &self,
+        out: &mut [Vector<E, N>],
+        start: usize,
+        stride: usize,
+        count: usize,
+        factors: &[f32],
+        scratch: &mut [Vector<f32, N>],
+        #[comptime] depth: usize,
+        #[comptime] p: Product,
+    ) {
+        let size = N::value();
+        let vectors = comptime!(SIDE * SIDE / size);
+        let own = PLANE_POS as usize * vectors;
         let rows = comptime!(p.own_rows());
         let columns = comptime!(p.own_columns());
         #[unroll]
         for i in 0..rows {
-            let row = own_row(i, p);
             #[unroll]
             for j in 0..columns {
-                let column = own_column(j, p);
                 let index = comptime!(i * columns + j);
-                if comptime!(p.form == Form::Registers) {
+                cmma::store(
+                    &mut scratch[own..own + vectors],
+                    &self.fragments[index],
+                    SIDE as u32,
+                    MatrixLayout::RowMajor,
+                );
+                sync_plane();
+                #[unroll]
+                for turn in 0..comptime!(vectors / 32) {
+                    let unit = UNIT_POS_PLANE as usize;
+                    let (row, column) = place_in_fragment(unit, turn, size);
+                    let (row, column) = (own_row(i, p) + row, own_column(j, p) + column);
                     if row < count && column < depth {
-                        out[start + row * stride + column] = E::cast_from(self.sums[index] * factors[row]);
+                        let value = scratch[own + unit + comptime!(turn * 32)] * Vector::new(factors[row]);
+                        out[(start + row * stride + column) / size] = Vector::cast_from(value);
                     }
-                } else {
-                    let own = PLANE_POS as usize * (SIDE * SIDE);
-                    cmma::store(
-                        &mut scratch[own..own + SIDE * SIDE],
-                        &self.fragments[index],
-                        SIDE as u32,
-                        MatrixLayout::RowMajor,
-                    );
-                    sync_plane();
-                    #[unroll]
-                    for turn in 0..comptime!(SIDE * SIDE / 32) {
-                        let cell = UNIT_POS_PLANE as usize + turn * 32;
-                        let at = row + cell / SIDE;
-                        if at < count && column + cell % SIDE < depth {
-                            let value = scratch[own + cell] * factors[at];
-                            out[start + at * stride + column + cell % SIDE] = E::cast_from(value);
-                        }
-                    }
-                    sync_plane();
                 }
+                sync_plane();
             }
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

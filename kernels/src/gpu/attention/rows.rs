@@ -21,7 +21,8 @@ pub(super) fn visible<I: Int>(ranges: &[I], row: usize, first_key: usize, span: 
 #[cube]
 pub(super) fn cap(score: f32, softcap: f32, #[comptime] capped: bool) -> (f32, f32) {
     if comptime!(capped) {
-        let t = (score / softcap).tanh();
+        // a division a kernel, not one a score: for odd numbers it calls a subroutine, and registers are spilled around it
+        let t = (score * (1.0 / softcap)).tanh();
         (t * softcap, 1.0 - t * t)
     } else {
         (score, 1.0f32.runtime())

@@ -2,7 +2,7 @@
 
 use cubecl::prelude::*;
 
-use super::product::{Form, Product, SCRATCH, UNITS, padded};
+use super::product::{Form, Product, UNITS, padded, padded_sums, scratch};
 use super::rows::visible;
 
 /// Alignment in bytes of what fragments are loaded from and stored to.
@@ -24,14 +24,24 @@ impl Tile {
     pub const fn wide(&self) -> usize {
         padded(self.width, self.form)
     }
-    /// Distance of rows of scores in shared memory.
+    /// Distance of rows of weights and of their gradients in shared memory.
     pub const fn narrow(&self) -> usize {
         padded(self.keys, self.form)
     }
-    /// Numbers of a tile of f32 scores, which also serves as the scratch of fragments.
+    /// Distance of rows of f32 scores in shared memory.
+    pub const fn narrow_sums(&self) -> usize {
+        padded_sums(self.keys, self.form)
+    }
+    /// Values of a vector in shared memory and of results, where those of the inputs have `vector`.
+    pub const fn piece(&self, vector: usize) -> usize {
+        match self.form {
+            Form::Registers => 1,
+            Form::Fragments => vector,
+        }
+    }
+    /// Numbers of a tile of f32 scores.
     pub const fn cells(&self) -> usize {
-        let cells = self.rows * self.narrow();
-        if matches!(self.form, Form::Fragments) && cells < SCRATCH { SCRATCH } else { cells }
+        self.rows * self.narrow_sums()
     }
     /// `Q K^T` and `dO V^T`.
     pub const fn scores(&self) -> Product {
@@ -79,13 +89,13 @@ impl Tile {
     /// Shared memory of the forward kernel with elements of `size` bytes.
     pub const fn forward_bytes(&self, size: usize) -> usize {
         let elements = (self.rows + self.keys) * self.wide() + self.rows * self.narrow();
-        elements * size + 4 * (self.cells() + 5 * self.rows + 2 * UNITS) + 4 * ALIGN
+        elements * size + 4 * (self.cells() + scratch(self.form, 1) + 5 * self.rows + 2 * UNITS) + 5 * ALIGN
     }
     /// Shared memory of the larger of the backward kernels.
     pub const fn backward_bytes(&self, size: usize) -> usize {
         let elements = 2 * (self.rows + self.keys) * self.wide() + 2 * self.rows * self.narrow();
         let factors = if self.rows > self.keys { self.rows } else { self.keys };
-        elements * size + 4 * (2 * self.cells() + 4 * self.rows + factors) + 6 * ALIGN
+        elements * size + 4 * (2 * self.cells() + scratch(self.form, 1) + 4 * self.rows + factors) + 7 * ALIGN
     }
 }
 
@@ -141,11 +151,28 @@ impl Ranges {
     }
 }
 
+/// Shared memory for `rows` queries or keys.
+#[cube]
+pub(super) fn tile_in_shared_memory<E: Float, P: Size>(
+    #[comptime] rows: usize,
+    #[comptime] t: Tile,
+) -> Shared<[Vector<E, P>]> {
+    let piece = P::value();
+    Shared::<[Vector<E, P>]>::new_aligned_slice(comptime!(rows * t.wide() / piece), ALIGN)
+}
+
+/// What fragments are scaled and written through.
+#[cube]
+pub(super) fn scratch_in_shared_memory<P: Size>(#[comptime] t: Tile) -> Shared<[Vector<f32, P>]> {
+    let piece = P::value();
+    Shared::<[Vector<f32, P>]>::new_aligned_slice(comptime!(scratch(t.form, piece) / piece), ALIGN)
+}
+
 /// `count` rows of a tensor in global memory, `stride` numbers apart from `start` on, into shared memory; the rest becomes 0.
 #[cube]
-pub(super) fn load_rows<E: Float, N: Size>(
+pub(super) fn load_rows<E: Float, N: Size, P: Size>(
     from: &[Vector<E, N>],
-    into: &mut Shared<[E]>,
+    into: &mut Shared<[Vector<E, P>]>,
     start: usize,
     stride: usize,
     count: usize,
@@ -153,6 +180,7 @@ pub(super) fn load_rows<E: Float, N: Size>(
     #[comptime] t: Tile,
 ) {
     let size = N::value();
+    let piece = P::value();
     let vectors = comptime!(t.width / size);
     let mut i = UNIT_POS as usize;
     while i < comptime!(rows * vectors) {
@@ -162,10 +190,15 @@ pub(super) fn load_rows<E: Float, N: Size>(
         if row < count && column * size < t.depth {
             value = from[(start + row * stride) / size + column];
         }
-        let at = row * comptime!(t.wide()) + column * size;
+        let at = row * comptime!(t.wide() / piece) + column * comptime!(size / piece);
         #[unroll]
-        for n in 0..size {
-            into[at + n] = value.extract(n);
+        for part in 0..comptime!(size / piece) {
+            let mut values = Vector::<E, P>::empty();
+            #[unroll]
+            for n in 0..piece {
+                values.insert(n, value.extract(comptime!(part * piece + n)));
+            }
+            into[at + part] = values;
         }
         i += UNITS;
     }

@@ -9,26 +9,29 @@ use cubecl::prelude::*;
 
 use super::super::launch::{element, empty_like, vector_size};
 use super::Sizes;
-use super::product::{Accumulator, UNITS};
+use super::product::{Accumulator, UNITS, WIDEST};
 use super::rows::{cap, delta};
-use super::tile::{ALIGN, Lengths, LengthsLaunch, Ranges, Tile, load_numbers, load_rows};
+use super::tile::{
+    ALIGN, Lengths, LengthsLaunch, Ranges, Tile, load_numbers, load_rows, scratch_in_shared_memory,
+    tile_in_shared_memory,
+};
 
 /// What a tile of queries brings along.
 #[derive(CubeType)]
-struct Queries<E: Float> {
-    q: Shared<[E]>,
-    d_out: Shared<[E]>,
+struct Queries<E: Float, P: Size> {
+    q: Shared<[Vector<E, P>]>,
+    d_out: Shared<[Vector<E, P>]>,
     lse: Shared<[f32]>,
     delta: Shared<[f32]>,
     ranges: Ranges,
 }
 
 #[cube]
-impl<E: Float> Queries<E> {
-    fn new(#[comptime] t: Tile) -> Queries<E> {
-        Queries::<E> {
-            q: Shared::<[E]>::new_aligned_slice(comptime!(t.rows * t.wide()), ALIGN),
-            d_out: Shared::<[E]>::new_aligned_slice(comptime!(t.rows * t.wide()), ALIGN),
+impl<E: Float, P: Size> Queries<E, P> {
+    fn new(#[comptime] t: Tile) -> Queries<E, P> {
+        Queries::<E, P> {
+            q: tile_in_shared_memory::<E, P>(t.rows, t),
+            d_out: tile_in_shared_memory::<E, P>(t.rows, t),
             lse: Shared::<[f32]>::new_slice(t.rows),
             delta: Shared::<[f32]>::new_slice(t.rows),
             ranges: Ranges::new(t.rows),
@@ -50,8 +53,8 @@ impl<E: Float> Queries<E> {
     ) {
         let start = row * sizes.heads + head;
         let stride = sizes.heads * t.depth;
-        load_rows::<E, N>(q, &mut self.q, start * t.depth, stride, count, t.rows, t);
-        load_rows::<E, N>(d_out, &mut self.d_out, start * t.depth, stride, count, t.rows, t);
+        load_rows::<E, N, P>(q, &mut self.q, start * t.depth, stride, count, t.rows, t);
+        load_rows::<E, N, P>(d_out, &mut self.d_out, start * t.depth, stride, count, t.rows, t);
         load_numbers(lse, &mut self.lse, start, sizes.heads, count, t.rows);
         load_numbers(delta, &mut self.delta, start, sizes.heads, count, t.rows);
     }
@@ -78,23 +81,56 @@ impl<E: Float> Queries<E> {
     /// Raw tiles `Q K^T` and `dO V^T`.
     fn products(
         &self,
-        keys: &Shared<[E]>,
-        values: &Shared<[E]>,
+        keys: &Keys<E, P>,
         scores: &mut Shared<[f32]>,
         d_weights: &mut Shared<[f32]>,
         #[comptime] t: Tile,
     ) {
         let mut raw = Accumulator::zeros(comptime!(t.scores()));
-        raw.add::<E>(&self.q, keys, comptime!(t.scores()));
-        raw.store(scores, comptime!(t.narrow()), comptime!(t.scores()));
+        raw.add::<E, P, P>(&self.q, &keys.k, comptime!(t.scores()));
+        raw.store(scores, comptime!(t.narrow_sums()), comptime!(t.scores()));
         let mut raw = Accumulator::zeros(comptime!(t.scores()));
-        raw.add::<E>(&self.d_out, values, comptime!(t.scores()));
-        raw.store(d_weights, comptime!(t.narrow()), comptime!(t.scores()));
+        raw.add::<E, P, P>(&self.d_out, &keys.v, comptime!(t.scores()));
+        raw.store(d_weights, comptime!(t.narrow_sums()), comptime!(t.scores()));
+    }
+}
+
+/// A tile of keys and their values.
+#[derive(CubeType)]
+struct Keys<E: Float, P: Size> {
+    k: Shared<[Vector<E, P>]>,
+    v: Shared<[Vector<E, P>]>,
+}
+
+#[cube]
+impl<E: Float, P: Size> Keys<E, P> {
+    fn new(#[comptime] t: Tile) -> Keys<E, P> {
+        Keys::<E, P> { k: tile_in_shared_memory::<E, P>(t.keys, t), v: tile_in_shared_memory::<E, P>(t.keys, t) }
+    }
+
+    /// Up to a tile of one group from `key` of a sequence on; says where they start in memory and how many there are. The caller
+    /// synchronises.
+    fn load<N: Size>(
+        &mut self,
+        k: &[Vector<E, N>],
+        v: &[Vector<E, N>],
+        sequence: usize,
+        key: usize,
+        group: usize,
+        sizes: &Lengths,
+        #[comptime] t: Tile,
+    ) -> (usize, usize) {
+        let start = ((sequence * sizes.keys + key) * sizes.groups + group) * t.depth;
+        let count = min(sizes.keys - key, t.keys.runtime());
+        let stride = sizes.groups * t.depth;
+        load_rows::<E, N, P>(k, &mut self.k, start, stride, count, t.keys, t);
+        load_rows::<E, N, P>(v, &mut self.v, start, stride, count, t.keys, t);
+        (start, count)
     }
 }
 
 #[cube(launch)]
-pub(in crate::gpu) fn query_gradient_kernel<E: Float, I: Int, N: Size>(
+pub(in crate::gpu) fn query_gradient_kernel<E: Float, I: Int, N: Size, P: Size>(
     q: &[Vector<E, N>],
     k: &[Vector<E, N>],
     v: &[Vector<E, N>],
@@ -102,7 +138,7 @@ pub(in crate::gpu) fn query_gradient_kernel<E: Float, I: Int, N: Size>(
     lse: &[f32],
     delta: &[f32],
     ranges: &[I],
-    dq: &mut [E],
+    dq: &mut [Vector<E, P>],
     sizes: Lengths,
     scale: f32,
     softcap: f32,
@@ -110,12 +146,12 @@ pub(in crate::gpu) fn query_gradient_kernel<E: Float, I: Int, N: Size>(
     #[define(E)] _element: ElemType,
     #[define(I)] _int: ElemType,
 ) {
-    let mut queries = Queries::<E>::new(t);
-    let mut keys = Shared::<[E]>::new_aligned_slice(comptime!(t.keys * t.wide()), ALIGN);
-    let mut values = Shared::<[E]>::new_aligned_slice(comptime!(t.keys * t.wide()), ALIGN);
+    let mut queries = Queries::<E, P>::new(t);
+    let mut keys = Keys::<E, P>::new(t);
     let mut scores = Shared::<[f32]>::new_aligned_slice(comptime!(t.cells()), ALIGN);
     let mut d_weights = Shared::<[f32]>::new_aligned_slice(comptime!(t.cells()), ALIGN);
-    let mut d_scores = Shared::<[E]>::new_aligned_slice(comptime!(t.rows * t.narrow()), ALIGN);
+    let mut d_scores = Shared::<[Vector<E, Const<1>>]>::new_aligned_slice(comptime!(t.rows * t.narrow()), ALIGN);
+    let mut scratch = scratch_in_shared_memory::<P>(t);
     let mut factors = Shared::<[f32]>::new_slice(t.rows);
 
     let sequence = CUBE_POS_Y as usize / sizes.heads;
@@ -124,7 +160,6 @@ pub(in crate::gpu) fn query_gradient_kernel<E: Float, I: Int, N: Size>(
     let query = ((sizes.queries - 1) / t.rows - CUBE_POS_X as usize) * t.rows;
     let row = sequence * sizes.queries + query;
     let count = min(sizes.queries - query, t.rows.runtime());
-    let key_stride = sizes.groups * t.depth;
     let unit = UNIT_POS as usize;
 
     queries.ranges.load::<I>(ranges, row, count, sizes.keys, t.rows);
@@ -137,33 +172,39 @@ pub(in crate::gpu) fn query_gradient_kernel<E: Float, I: Int, N: Size>(
     let mut sums = Accumulator::zeros(comptime!(t.over_keys()));
     let mut key = first;
     while key < end {
-        let start = ((sequence * sizes.keys + key) * sizes.groups + group) * t.depth;
-        let key_count = min(sizes.keys - key, t.keys.runtime());
-        load_rows::<E, N>(k, &mut keys, start, key_stride, key_count, t.keys, t);
-        load_rows::<E, N>(v, &mut values, start, key_stride, key_count, t.keys, t);
+        keys.load::<N>(k, v, sequence, key, group, &sizes, t);
         sync_cube();
-        queries.products(&keys, &values, &mut scores, &mut d_weights, t);
+        queries.products(&keys, &mut scores, &mut d_weights, t);
         sync_cube();
         let mut i = unit;
         while i < comptime!(t.rows * t.keys) {
             let row = i / t.keys;
             let column = i % t.keys;
-            let at = row * comptime!(t.narrow()) + column;
+            let at = row * comptime!(t.narrow_sums()) + column;
             let (_weight, d_score) = queries.cell(row, column, key, scores[at], d_weights[at], scale, softcap, t);
-            d_scores[at] = E::cast_from(d_score);
+            d_scores[row * comptime!(t.narrow()) + column] = Vector::new(E::cast_from(d_score));
             i += UNITS;
         }
         sync_cube();
-        sums.add::<E>(&d_scores, &keys, comptime!(t.over_keys()));
+        sums.add::<E, Const<1>, P>(&d_scores, &keys.k, comptime!(t.over_keys()));
         sync_cube();
         key += t.keys;
     }
     let start = (row * sizes.heads + head) * t.depth;
-    sums.write::<E>(dq, start, sizes.heads * t.depth, count, &factors, &mut scores, t.depth, comptime!(t.over_keys()));
+    sums.write::<E, P>(
+        dq,
+        start,
+        sizes.heads * t.depth,
+        count,
+        &factors,
+        &mut scratch,
+        t.depth,
+        comptime!(t.over_keys()),
+    );
 }
 
 #[cube(launch)]
-pub(in crate::gpu) fn key_gradient_kernel<E: Float, I: Int, N: Size>(
+pub(in crate::gpu) fn key_gradient_kernel<E: Float, I: Int, N: Size, P: Size>(
     q: &[Vector<E, N>],
     k: &[Vector<E, N>],
     v: &[Vector<E, N>],
@@ -171,8 +212,8 @@ pub(in crate::gpu) fn key_gradient_kernel<E: Float, I: Int, N: Size>(
     lse: &[f32],
     delta: &[f32],
     ranges: &[I],
-    dk: &mut [E],
-    dv: &mut [E],
+    dk: &mut [Vector<E, P>],
+    dv: &mut [Vector<E, P>],
     sizes: Lengths,
     scale: f32,
     softcap: f32,
@@ -180,26 +221,23 @@ pub(in crate::gpu) fn key_gradient_kernel<E: Float, I: Int, N: Size>(
     #[define(E)] _element: ElemType,
     #[define(I)] _int: ElemType,
 ) {
-    let mut queries = Queries::<E>::new(t);
-    let mut keys = Shared::<[E]>::new_aligned_slice(comptime!(t.keys * t.wide()), ALIGN);
-    let mut values = Shared::<[E]>::new_aligned_slice(comptime!(t.keys * t.wide()), ALIGN);
+    let mut queries = Queries::<E, P>::new(t);
+    let mut keys = Keys::<E, P>::new(t);
     let mut scores = Shared::<[f32]>::new_aligned_slice(comptime!(t.cells()), ALIGN);
     let mut d_weights = Shared::<[f32]>::new_aligned_slice(comptime!(t.cells()), ALIGN);
-    let mut weights = Shared::<[E]>::new_aligned_slice(comptime!(t.rows * t.narrow()), ALIGN);
-    let mut d_scores = Shared::<[E]>::new_aligned_slice(comptime!(t.rows * t.narrow()), ALIGN);
+    let mut weights = Shared::<[Vector<E, Const<1>>]>::new_aligned_slice(comptime!(t.rows * t.narrow()), ALIGN);
+    let mut d_scores = Shared::<[Vector<E, Const<1>>]>::new_aligned_slice(comptime!(t.rows * t.narrow()), ALIGN);
+    let mut scratch = scratch_in_shared_memory::<P>(t);
     let mut factors = Shared::<[f32]>::new_slice(t.keys);
 
     let sequence = CUBE_POS_Y as usize / sizes.groups;
     let group = CUBE_POS_Y as usize % sizes.groups;
     let repeats = sizes.heads / sizes.groups;
     let key = CUBE_POS_X as usize * t.keys;
-    let key_count = min(sizes.keys - key, t.keys.runtime());
-    let start = ((sequence * sizes.keys + key) * sizes.groups + group) * t.depth;
     let stride = sizes.groups * t.depth;
     let unit = UNIT_POS as usize;
 
-    load_rows::<E, N>(k, &mut keys, start, stride, key_count, t.keys, t);
-    load_rows::<E, N>(v, &mut values, start, stride, key_count, t.keys, t);
+    let (start, key_count) = keys.load::<N>(k, v, sequence, key, group, &sizes, t);
     let mut dk_sums = Accumulator::zeros(comptime!(t.over_queries()));
     let mut dv_sums = Accumulator::zeros(comptime!(t.over_queries()));
     let mut query = 0usize.runtime();
@@ -215,22 +253,23 @@ pub(in crate::gpu) fn key_gradient_kernel<E: Float, I: Int, N: Size>(
                 let head = group * repeats + repeat;
                 queries.load::<N>(q, d_out, lse, delta, row, head, count, &sizes, t);
                 sync_cube();
-                queries.products(&keys, &values, &mut scores, &mut d_weights, t);
+                queries.products(&keys, &mut scores, &mut d_weights, t);
                 sync_cube();
                 let mut i = unit;
                 while i < comptime!(t.rows * t.keys) {
                     let row = i / t.keys;
                     let column = i % t.keys;
-                    let at = row * comptime!(t.narrow()) + column;
+                    let at = row * comptime!(t.narrow_sums()) + column;
                     let (weight, d_score) =
                         queries.cell(row, column, key, scores[at], d_weights[at], scale, softcap, t);
-                    weights[at] = E::cast_from(weight);
-                    d_scores[at] = E::cast_from(d_score);
+                    let at = row * comptime!(t.narrow()) + column;
+                    weights[at] = Vector::new(E::cast_from(weight));
+                    d_scores[at] = Vector::new(E::cast_from(d_score));
                     i += UNITS;
                 }
                 sync_cube();
-                dv_sums.add::<E>(&weights, &queries.d_out, comptime!(t.over_queries()));
-                dk_sums.add::<E>(&d_scores, &queries.q, comptime!(t.over_queries()));
+                dv_sums.add::<E, Const<1>, P>(&weights, &queries.d_out, comptime!(t.over_queries()));
+                dk_sums.add::<E, Const<1>, P>(&d_scores, &queries.q, comptime!(t.over_queries()));
                 sync_cube();
             }
         }
@@ -241,13 +280,13 @@ pub(in crate::gpu) fn key_gradient_kernel<E: Float, I: Int, N: Size>(
         factors[unit] = scale;
     }
     sync_cube();
-    dk_sums.write::<E>(dk, start, stride, key_count, &factors, &mut scores, t.depth, comptime!(t.over_queries()));
+    dk_sums.write::<E, P>(dk, start, stride, key_count, &factors, &mut scratch, t.depth, comptime!(t.over_queries()));
     sync_cube();
     if unit < t.keys {
         factors[unit] = 1.0;
     }
     sync_cube();
-    dv_sums.write::<E>(dv, start, stride, key_count, &factors, &mut scores, t.depth, comptime!(t.over_queries()));
+    dv_sums.write::<E, P>(dv, start, stride, key_count, &factors, &mut scratch, t.depth, comptime!(t.over_queries()));
 }
 
 pub(super) fn backward(
@@ -259,13 +298,14 @@ pub(super) fn backward(
     let delta = delta(&out, &d_out);
     let (dq, dk, dv) = (empty_like(&q), empty_like(&k), empty_like(&v));
     let (client, kinds) = (q.client.clone(), (element(&q), element(&ranges)));
-    let vector = vector_size(&[&q, &k, &v, &d_out]);
+    let vector = vector_size(&[&q, &k, &v, &d_out]).min(WIDEST);
     let lengths = || LengthsLaunch::new(s.queries, s.keys, s.heads, s.groups);
     query_gradient_kernel::launch(
         &client,
         CubeCount::Static(s.queries.div_ceil(t.rows) as u32, (s.sequences * s.heads) as u32, 1),
         CubeDim::new_1d(UNITS as u32),
         vector,
+        t.piece(vector),
         q.clone().into_buffer_arg(),
         k.clone().into_buffer_arg(),
         v.clone().into_buffer_arg(),
@@ -286,6 +326,7 @@ pub(super) fn backward(
         CubeCount::Static(s.keys.div_ceil(t.keys) as u32, (s.sequences * s.groups) as u32, 1),
         CubeDim::new_1d(UNITS as u32),
         vector,
+        t.piece(vector),
         q.into_buffer_arg(),
         k.into_buffer_arg(),
         v.into_buffer_arg(),

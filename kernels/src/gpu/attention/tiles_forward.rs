@@ -10,9 +10,11 @@ use cubecl::prelude::*;
 
 use super::super::launch::{element, empty, empty_like, vector_size};
 use super::Sizes;
-use super::product::{Accumulator, UNITS};
+use super::product::{Accumulator, UNITS, WIDEST};
 use super::rows::cap;
-use super::tile::{ALIGN, Lengths, LengthsLaunch, Ranges, Tile, load_rows};
+use super::tile::{
+    ALIGN, Lengths, LengthsLaunch, Ranges, Tile, load_rows, scratch_in_shared_memory, tile_in_shared_memory,
+};
 use crate::attention::NOTHING_SEEN;
 
 /// How far a score may exceed the maximum in use: `exp(8)` = 2981 is far from the largest f16.
@@ -56,7 +58,7 @@ impl Rows {
     fn weigh<E: Float>(
         &mut self,
         scores: &mut Shared<[f32]>,
-        weights: &mut Shared<[E]>,
+        weights: &mut Shared<[Vector<E, Const<1>>]>,
         ranges: &Ranges,
         key: usize,
         scale: f32,
@@ -68,7 +70,7 @@ impl Rows {
         let unit = UNIT_POS as usize;
         let row = unit / sharing;
         let part = unit % sharing;
-        let start = row * comptime!(t.narrow());
+        let start = row * comptime!(t.narrow_sums());
         let first = ranges.first[row] - key as i32;
         let end = ranges.end[row] - key as i32;
         let mut own = NOTHING_SEEN.runtime();
@@ -94,7 +96,7 @@ impl Rows {
             let column = part + step * sharing;
             let seen = column as i32 >= first && (column as i32) < end;
             let weight = select(seen, (scores[start + column] - used).exp(), 0.0);
-            weights[start + column] = E::cast_from(weight);
+            weights[row * comptime!(t.narrow()) + column] = Vector::new(E::cast_from(weight));
             sum += weight;
         }
         self.partial_total[unit] = sum;
@@ -114,12 +116,12 @@ impl Rows {
 }
 
 #[cube(launch)]
-pub(in crate::gpu) fn forward_kernel<E: Float, I: Int, N: Size>(
+pub(in crate::gpu) fn forward_kernel<E: Float, I: Int, N: Size, P: Size>(
     q: &[Vector<E, N>],
     k: &[Vector<E, N>],
     v: &[Vector<E, N>],
     ranges: &[I],
-    out: &mut [E],
+    out: &mut [Vector<E, P>],
     lse: &mut [f32],
     sizes: Lengths,
     scale: f32,
@@ -128,11 +130,12 @@ pub(in crate::gpu) fn forward_kernel<E: Float, I: Int, N: Size>(
     #[define(E)] _element: ElemType,
     #[define(I)] _int: ElemType,
 ) {
-    let mut queries = Shared::<[E]>::new_aligned_slice(comptime!(t.rows * t.wide()), ALIGN);
+    let mut queries = tile_in_shared_memory::<E, P>(t.rows, t);
     // keys, then values: a tile of keys is done with before its values are wanted
-    let mut loaded = Shared::<[E]>::new_aligned_slice(comptime!(t.keys * t.wide()), ALIGN);
-    let mut weights = Shared::<[E]>::new_aligned_slice(comptime!(t.rows * t.narrow()), ALIGN);
+    let mut loaded = tile_in_shared_memory::<E, P>(t.keys, t);
+    let mut weights = Shared::<[Vector<E, Const<1>>]>::new_aligned_slice(comptime!(t.rows * t.narrow()), ALIGN);
     let mut scores = Shared::<[f32]>::new_aligned_slice(comptime!(t.cells()), ALIGN);
+    let mut scratch = scratch_in_shared_memory::<P>(t);
     let mut rows = Rows::new(t.rows);
     let mut seen = Ranges::new(t.rows);
 
@@ -148,7 +151,7 @@ pub(in crate::gpu) fn forward_kernel<E: Float, I: Int, N: Size>(
     let key_stride = sizes.groups * t.depth;
 
     seen.load::<I>(ranges, row, count, sizes.keys, t.rows);
-    load_rows::<E, N>(q, &mut queries, query_start, query_stride, count, t.rows, t);
+    load_rows::<E, N, P>(q, &mut queries, query_start, query_stride, count, t.rows, t);
     sync_cube();
     let (first, end) = seen.span(sizes.keys, t.rows);
     let mut sums = Accumulator::zeros(comptime!(t.over_keys()));
@@ -156,16 +159,16 @@ pub(in crate::gpu) fn forward_kernel<E: Float, I: Int, N: Size>(
     while key < end {
         let start = ((sequence * sizes.keys + key) * sizes.groups + group) * t.depth;
         let keys = min(sizes.keys - key, t.keys.runtime());
-        load_rows::<E, N>(k, &mut loaded, start, key_stride, keys, t.keys, t);
+        load_rows::<E, N, P>(k, &mut loaded, start, key_stride, keys, t.keys, t);
         sync_cube();
         let mut raw = Accumulator::zeros(comptime!(t.scores()));
-        raw.add::<E>(&queries, &loaded, comptime!(t.scores()));
-        raw.store(&mut scores, comptime!(t.narrow()), comptime!(t.scores()));
+        raw.add::<E, P, P>(&queries, &loaded, comptime!(t.scores()));
+        raw.store(&mut scores, comptime!(t.narrow_sums()), comptime!(t.scores()));
         sync_cube();
-        load_rows::<E, N>(v, &mut loaded, start, key_stride, keys, t.keys, t);
+        load_rows::<E, N, P>(v, &mut loaded, start, key_stride, keys, t.keys, t);
         rows.weigh::<E>(&mut scores, &mut weights, &seen, key, scale, softcap, t);
-        sums.scale_rows(&rows.factor, &mut scores, comptime!(t.over_keys()));
-        sums.add::<E>(&weights, &loaded, comptime!(t.over_keys()));
+        sums.scale_rows::<P>(&rows.factor, &mut scratch, comptime!(t.over_keys()));
+        sums.add::<E, Const<1>, P>(&weights, &loaded, comptime!(t.over_keys()));
         sync_cube();
         key += t.keys;
     }
@@ -179,13 +182,13 @@ pub(in crate::gpu) fn forward_kernel<E: Float, I: Int, N: Size>(
         }
     }
     sync_cube();
-    sums.write::<E>(
+    sums.write::<E, P>(
         out,
         query_start,
         query_stride,
         count,
         &rows.factor,
-        &mut scores,
+        &mut scratch,
         t.depth,
         comptime!(t.over_keys()),
     );
@@ -194,12 +197,14 @@ pub(in crate::gpu) fn forward_kernel<E: Float, I: Int, N: Size>(
 pub(super) fn forward(s: Sizes, t: Tile, [q, k, v, ranges]: [CubeTensor; 4]) -> (CubeTensor, CubeTensor) {
     let out = empty_like(&q);
     let lse = empty(&q, Shape::new([s.sequences, s.queries, s.heads]), DType::F32);
-    let (client, kinds, vector) = (q.client.clone(), (element(&q), element(&ranges)), vector_size(&[&q, &k, &v]));
+    let (client, kinds, vector) =
+        (q.client.clone(), (element(&q), element(&ranges)), vector_size(&[&q, &k, &v]).min(WIDEST));
     forward_kernel::launch(
         &client,
         CubeCount::Static(s.queries.div_ceil(t.rows) as u32, (s.sequences * s.heads) as u32, 1),
         CubeDim::new_1d(UNITS as u32),
         vector,
+        t.piece(vector),
         q.into_buffer_arg(),
         k.into_buffer_arg(),
         v.into_buffer_arg(),

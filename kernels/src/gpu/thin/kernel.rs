@@ -91,7 +91,12 @@ fn prepare<F: Float, N: Size>(left: &Left<Vector<F, N>>, table: &mut Shared<[f32
 
 /// Adds the `sums` of every unit over the lanes; `totals[group * count + i]` gets sum i of a group of rows.
 #[cube]
-fn add_lanes(sums: &Array<f32>, memory: &mut Shared<[f32]>, totals: &mut Shared<[f32]>, #[comptime] count: usize) {
+fn add_lanes(
+    sums: &Array<f32>,
+    memory: &mut Shared<[Vector<f32, Const<1>>]>,
+    totals: &mut Shared<[f32]>,
+    #[comptime] count: usize,
+) {
     let (lane, group, unit) = (UNIT_POS_X as usize, UNIT_POS_Y as usize, UNIT_POS as usize);
     let batch = comptime!(count.min(BATCH));
     let pitch = comptime!(LANES + 1); // lanes of one sum and sums of one lane both in different banks
@@ -100,18 +105,57 @@ fn add_lanes(sums: &Array<f32>, memory: &mut Shared<[f32]>, totals: &mut Shared<
         sync_cube();
         #[unroll]
         for i in 0..batch {
-            memory[(group * batch + i) * pitch + lane] = sums[first * batch + i];
+            memory[(group * batch + i) * pitch + lane] = Vector::new(sums[first * batch + i]);
         }
         sync_cube();
         if unit < comptime!(GROUPS * batch) {
             let mut sum = 0.0f32;
             for lane in 0..LANES {
-                sum += memory[unit * pitch + lane];
+                sum += memory[unit * pitch + lane].extract(0usize);
             }
             totals[unit / batch * count + first * batch + unit % batch] = sum;
         }
     }
     sync_cube();
+}
+
+/// A piece of M as f32 in shared memory: `depth` rows from row `at` of `rows` on, the columns of the cube from `first_column`
+/// on, 0 beyond the ends. Rows lie below each other in vectors of columns; for sums along rows, which have vectors of one, the
+/// lanes that will read them lie beside each other. The caller synchronises.
+#[cube]
+fn load_right<G: Float, W: Size>(
+    right: &[G],
+    memory: &mut Shared<[Vector<f32, W>]>,
+    at: usize,
+    rows: usize,
+    first_column: usize,
+    rank: usize,
+    #[comptime] depth: usize,
+    #[comptime] tile: Tile,
+) {
+    let width = W::value();
+    let vectors = comptime!(tile.columns / width);
+    let mut i = UNIT_POS as usize;
+    while i < comptime!(depth * vectors) {
+        let (row, vector) = index_of(i, depth, vectors, tile.is_row_major);
+        let mut values = Vector::<f32, W>::new(0.0);
+        #[unroll]
+        for n in 0..width {
+            let column = first_column + vector * width + n;
+            if at + row < rows && column < rank {
+                let from = place(at + row, column, rows, rank, tile.is_row_major);
+                values.insert(n, f32::cast_from(right[from]));
+            }
+        }
+        let to = if comptime!(tile.sum == Sum::Rows) {
+            let (lane, n) = (row / tile.size, row % tile.size);
+            ((lane / LANES * tile.size + n) * vectors + vector) * LANES + lane % LANES
+        } else {
+            row * vectors + vector
+        };
+        memory[to] = values;
+        i += CUBE_DIM as usize;
+    }
 }
 
 /// `L M` for rows of L. Grid: columns of M, rows of L, parts of the sum.
@@ -127,7 +171,8 @@ fn along_rows<F: Float, G: Float, O: Float, N: Size>(
     let steps = comptime!(tile.steps);
     let size = comptime!(tile.size);
     let stage = comptime!(LANES * steps * size);
-    let mut memory = Shared::<[f32]>::new_slice(comptime!((stage * columns).max(GROUPS * BATCH * (LANES + 1))));
+    let mut memory =
+        Shared::<[Vector<f32, Const<1>>]>::new_slice(comptime!((stage * columns).max(GROUPS * BATCH * (LANES + 1))));
     let mut totals = Shared::<[f32]>::new_slice(comptime!(GROUPS * ROWS * columns));
     let mut table = Shared::<[f32]>::new_slice(TABLE);
     prepare::<F, N>(left, &mut table);
@@ -144,18 +189,7 @@ fn along_rows<F: Float, G: Float, O: Float, N: Size>(
     }
     while at < end {
         sync_cube();
-        let mut i = unit;
-        while i < comptime!(stage * columns) {
-            let (depth, j) = index_of(i, stage, columns, tile.is_row_major);
-            let (k, column) = (at * size + depth, first_column + j);
-            let mut value = 0.0f32;
-            if k < vectors * size && column < rank {
-                value = f32::cast_from(right[place(k, column, vectors * size, rank, tile.is_row_major)]);
-            }
-            let (vector, n) = (depth / size, depth % size);
-            memory[((vector / LANES * size + n) * columns + j) * LANES + vector % LANES] = value;
-            i += CUBE_DIM as usize;
-        }
+        load_right::<G, Const<1>>(right, &mut memory, at * size, vectors * size, first_column, rank, stage, tile);
         sync_cube();
         #[unroll]
         for step in 0..steps {
@@ -172,7 +206,7 @@ fn along_rows<F: Float, G: Float, O: Float, N: Size>(
             for n in 0..size {
                 #[unroll]
                 for j in 0..columns {
-                    let m = memory[((step * size + n) * columns + j) * LANES + lane];
+                    let m = memory[((step * size + n) * columns + j) * LANES + lane].extract(0usize);
                     #[unroll]
                     for i in 0..ROWS {
                         sums[i * columns + j] += x[i].extract(n) * m;
@@ -213,9 +247,9 @@ fn place(row: usize, column: usize, rows: usize, columns: usize, #[comptime] is_
     if comptime!(is_row_major) { row * columns + column } else { column * rows + row }
 }
 
-/// `L^T M` for columns of L. Grid: columns of M, columns of L, parts of the sum.
+/// `L^T M` for columns of L. Grid: columns of M, columns of L, parts of the sum. W divides the columns of a cube.
 #[cube]
-fn along_columns<F: Float, G: Float, O: Float, N: Size>(
+fn along_columns<F: Float, G: Float, O: Float, N: Size, W: Size>(
     left: &Left<Vector<F, N>>,
     right: &[G],
     out: &mut [O],
@@ -225,7 +259,9 @@ fn along_columns<F: Float, G: Float, O: Float, N: Size>(
     let columns = comptime!(tile.columns);
     let size = comptime!(tile.size);
     let width = comptime!(LANES * size);
-    let mut memory = Shared::<[f32]>::new_slice(comptime!((CHUNK * columns).max(columns * width)));
+    let wide = W::value();
+    let mut memory = Shared::<[Vector<f32, W>]>::new_slice(comptime!(CHUNK * columns / wide));
+    let mut totals = Shared::<[f32]>::new_slice(comptime!(columns * width));
     let mut table = Shared::<[f32]>::new_slice(TABLE);
     prepare::<F, N>(left, &mut table);
     let (rows, vectors, rank) = (sizes.rows as usize, sizes.vectors as usize, sizes.rank as usize);
@@ -241,17 +277,7 @@ fn along_columns<F: Float, G: Float, O: Float, N: Size>(
     }
     while at < end {
         sync_cube();
-        let mut i = unit;
-        while i < comptime!(CHUNK * columns) {
-            let (row, j) = index_of(i, CHUNK, columns, tile.is_row_major);
-            let (from, column) = (at + row, first_column + j);
-            let mut value = 0.0f32;
-            if from < rows && column < rank {
-                value = f32::cast_from(right[place(from, column, rows, rank, tile.is_row_major)]);
-            }
-            memory[row * columns + j] = value;
-            i += CUBE_DIM as usize;
-        }
+        load_right::<G, W>(right, &mut memory, at, rows, first_column, rank, CHUNK, tile);
         sync_cube();
         #[unroll]
         for step in 0..comptime!(CHUNK / GROUPS) {
@@ -259,27 +285,27 @@ fn along_columns<F: Float, G: Float, O: Float, N: Size>(
             if at + row < end && first_vector + lane < vectors {
                 let x = read::<F, N>(left, &table, (at + row) * vectors + first_vector + lane, tile.coding);
                 #[unroll]
-                for j in 0..columns {
-                    sums[j] += x * Vector::new(memory[row * columns + j]);
+                for vector in 0..comptime!(columns / wide) {
+                    let m = memory[row * comptime!(columns / wide) + vector];
+                    #[unroll]
+                    for n in 0..wide {
+                        sums[comptime!(vector * wide + n)] += x * Vector::new(m.extract(n));
+                    }
                 }
             }
         }
         at += CHUNK;
     }
-    sync_cube();
-    #[unroll]
+    // lanes beside each other, so that they meet all banks
     for turn in 0..GROUPS {
         if group == turn {
             #[unroll]
             for j in 0..columns {
                 #[unroll]
                 for n in 0..size {
-                    let to = j * width + lane * size + n;
-                    if comptime!(turn == 0) {
-                        memory[to] = sums[j].extract(n);
-                    } else {
-                        memory[to] += sums[j].extract(n);
-                    }
+                    let to = comptime!(j * width + n * LANES) + lane;
+                    let before = if turn == 0 { 0.0f32.runtime() } else { totals[to] };
+                    totals[to] = before + sums[j].extract(n);
                 }
             }
         }
@@ -291,7 +317,7 @@ fn along_columns<F: Float, G: Float, O: Float, N: Size>(
         if row < vectors * size && column < rank {
             let to = CUBE_POS_Z as usize * vectors * size * rank;
             out[to + row * sizes.row_stride as usize + column * sizes.rank_stride as usize] =
-                O::cast_from(memory[i] * sizes.scale);
+                O::cast_from(totals[i / width * width + i % size * LANES + i % width / size] * sizes.scale);
         }
         i += CUBE_DIM as usize;
     }
@@ -310,8 +336,10 @@ pub(crate) fn thin_kernel<F: Float, G: Float, O: Float, N: Size>(
 ) {
     if comptime!(tile.sum == Sum::Rows) {
         along_rows::<F, G, O, N>(left, right, out, sizes, tile);
+    } else if comptime!(tile.columns.is_multiple_of(4)) {
+        along_columns::<F, G, O, N, Const<4>>(left, right, out, sizes, tile);
     } else {
-        along_columns::<F, G, O, N>(left, right, out, sizes, tile);
+        along_columns::<F, G, O, N, Const<1>>(left, right, out, sizes, tile);
     }
 }
 

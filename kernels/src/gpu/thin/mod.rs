@@ -16,8 +16,13 @@
 //! [4096, 16]` is 64 cubes on 132 multiprocessors with one or two stages of 64 x 32 values (4 KB) in flight each. At 700 ns of
 //! latency 64 cubes x 8 KB are 0.75 TB/s, 45 us for 34 MB (a matmul of the full weight: 139 us). No routine splits k.
 //! Here L goes straight to registers, 16 to 32 KB in flight on a multiprocessor, and a third grid axis splits the sum until there
-//! are two cubes for each multiprocessor. ptxas 12.9 gives units up to 128 registers for sm_90a, which lets both run at a time, but
-//! 170 to the columns kernel on codes with 16 columns of M: one cube.
+//! are two cubes for each multiprocessor. ptxas 12.9 gives units up to 128 registers for sm_90a, which lets both run at a time.
+//!
+//! For that the columns kernel holds 64 sums a unit at most, so with 16 columns of M (more than the 8 tokens that go by codes unless
+//! told to) it reads half a word of 4-bit codes: two lanes share a word, and memory is read once still. The floor stays: 16 tokens,
+//! nf4, 4096 x 14336 are 7 us of memory and 28 us of f32. But a scale is looked up for 4 values, not 8: by the PTX 31
+//! instructions a value of which 16 are the sums, where a whole word took 27 (and 170 registers, one cube): 61 us of issue
+//! slots on 132 multiprocessors at 1.75 GHz against 53, which two cubes fill better than one.
 //!
 //! f32 accumulation. Deterministic: the order of every sum depends on shapes and the device only; parts of a split sum go to an
 //! f32 buffer that `fold_kernel` adds up in order. Outputs are overwritten. Not measured yet.
@@ -39,8 +44,10 @@ use crate::packed::{Order, PackedParts};
 
 /// Values of M that the rows kernel holds in shared memory: 8 KB.
 const STAGE: usize = 2048;
-/// The widest vector of a dense L: with 16 columns of M a unit then holds 64 sums.
+/// The widest vector of a dense L.
 const WIDEST: usize = 4;
+/// Sums that a unit of the columns kernel holds: with 16 columns of M it reads half a word of codes of 4 bits.
+const SUMS: usize = 64;
 /// Columns of M for each cube.
 const COLUMNS: usize = 16;
 
@@ -131,6 +138,10 @@ impl Plan {
         };
         assert!(left.width.is_multiple_of(size), "rows of {} packed values end inside a word", left.width);
         let columns = rank.next_power_of_two().min(COLUMNS);
+        let size = match sum {
+            Sum::Rows => size,
+            Sum::Columns => size.min(SUMS / columns),
+        };
         let steps = (STAGE / (LANES * size * columns)).clamp(1, 4);
         let vectors = left.width / size;
         let (blocks, terms, step) = match sum {
