@@ -359,6 +359,18 @@ pub trait LowRankOps: Backend {
         rms_norm::backward_reference::<Self>(x, gamma, dy, eps, offset)
     }
 
+    /// Gradient of x alone, for a frozen gamma.
+    #[fusion(dtype = x, shape = x)]
+    fn rms_norm_input_gradient(
+        x: FloatTensor<Self>,
+        gamma: FloatTensor<Self>,
+        dy: FloatTensor<Self>,
+        eps: f32,
+        offset: f32,
+    ) -> FloatTensor<Self> {
+        Self::rms_norm_backward(x, gamma, dy, eps, offset).0
+    }
+
     /// See [`crate::rotary`]; `sign` is 1 for the rotation and -1 for its inverse (the backward).
     #[fusion(dtype = x, shape = x)]
     fn rotary(x: FloatTensor<Self>, cos: FloatTensor<Self>, sin: FloatTensor<Self>, sign: f32) -> FloatTensor<Self> {

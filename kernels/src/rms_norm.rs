@@ -59,12 +59,16 @@ impl<B: LowRankOps> Backward<B, 2> for RmsNormBackward {
         let [x_node, gamma_node] = ops.parents;
         let dy = grads.consume::<B>(&ops.node);
         let (x, gamma, eps, offset) = ops.state;
-        let (dx, d_gamma) = B::rms_norm_backward(x, gamma, dy, eps, offset);
+        let dx = match gamma_node {
+            Some(node) => {
+                let (dx, d_gamma) = B::rms_norm_backward(x, gamma, dy, eps, offset);
+                grads.register::<B>(node.id, d_gamma);
+                dx
+            }
+            None => B::rms_norm_input_gradient(x, gamma, dy, eps, offset),
+        };
         if let Some(node) = x_node {
             grads.register::<B>(node.id, dx);
-        }
-        if let Some(node) = gamma_node {
-            grads.register::<B>(node.id, d_gamma);
         }
     }
 }

@@ -4,6 +4,7 @@
 //! | --- | --- | --- |
 //! | `LOWRANK_THIN` | `kernel`, `matmul` | products with few rows or columns, see `gpu/thin/` |
 //! | `LOWRANK_PACKED` | `codes`, `panels` | products with packed weights, see `gpu/codes.rs` |
+//! | `LOWRANK_ATTENTION` | `fragments`, `registers`, `chunks` | attention, see `gpu/attention/` |
 //!
 //! Each forces one way wherever it can run; they are read once. On the CPU all ways are the same.
 
@@ -35,6 +36,18 @@ pub(crate) enum Packed {
     Panels,
 }
 
+/// Who does attention; the first where nothing is forced. What a device cannot do goes by chunks.
+#[cfg(all(feature = "gpu", feature = "flex"))]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Attention {
+    /// Tiles in tensor cores.
+    Fragments,
+    /// Tiles in registers.
+    Registers,
+    /// Burn's products, and kernels between them.
+    Chunks,
+}
+
 fn forced(variable: &str) -> Option<String> {
     std::env::var(variable).ok()
 }
@@ -49,6 +62,16 @@ pub(crate) fn product(m: usize, n: usize, is_sum: bool) -> Product {
         (_, 0..=1) => Product::Matmul, // cubek has kernels for vectors
         (_, 2..=THIN) => Product::Thin,
         _ => Product::Matmul,
+    }
+}
+
+#[cfg(all(feature = "gpu", feature = "flex"))]
+pub(crate) fn attention() -> Attention {
+    static FORCED: LazyLock<Option<String>> = LazyLock::new(|| forced("LOWRANK_ATTENTION"));
+    match FORCED.as_deref() {
+        Some("registers") => Attention::Registers,
+        Some("chunks") => Attention::Chunks,
+        _ => Attention::Fragments,
     }
 }
 

@@ -182,6 +182,10 @@ fn rms_norm(device: &Device) -> Vec<Vec<f32>> {
     let (x, gamma) = (leaf(1, [7, 5], device), leaf(2, [7], device));
     let out = kernels::rms_norm(x.clone().transpose(), gamma.clone(), 1e-5, 0.0);
     all.extend(collect(out, vec![gradient_of(&x), gradient_of(&gamma)], device));
+    for dims in [[6, 10], [600, 2]] {
+        let (x, frozen) = (leaf(1, dims, device), constant(2, [dims[1]], device));
+        all.extend(collect(kernels::rms_norm(x.clone(), frozen, 1e-5, 1.0), vec![gradient_of(&x)], device));
+    }
     all
 }
 

@@ -52,6 +52,10 @@ impl Scene {
     }
 
     fn run(&self, run: &str, sets: &[&str]) -> Ended {
+        self.run_with(run, sets, &[])
+    }
+
+    fn run_with(&self, run: &str, sets: &[&str], variables: &[(&str, &str)]) -> Ended {
         let out = Command::new(env!("CARGO_BIN_EXE_lowrank-train"))
             .arg("--config")
             .arg(self.0.path().join("config.toml"))
@@ -61,6 +65,7 @@ impl Scene {
             .env("LOWRANK_CACHE", self.0.path().join("cache"))
             .env("CUBECL_AUTOTUNE_LEVEL", "minimal")
             .env_remove("RUST_LOG")
+            .envs(variables.iter().copied())
             .output()
             .unwrap();
         Ended { code: out.status.code().unwrap_or(-1), said: String::from_utf8_lossy(&out.stderr).into_owned() }
@@ -82,6 +87,7 @@ fn runs_on_a_graphics_device() {
     }
     let scene = Scene::new();
     a_run_is_that_of_the_cpu_and_its_memory_does_not_grow(&scene);
+    attention_by_tiles_passes_its_trial(&scene);
     bf16_is_refused_where_the_device_has_none(&scene);
     a_buffer_that_is_too_large_is_an_error(&scene);
 }
@@ -114,6 +120,21 @@ fn a_run_is_that_of_the_cpu_and_its_memory_does_not_grow(scene: &Scene) {
     let sum: u64 = measured.values().map(|bytes| bytes.as_u64().unwrap()).sum();
     assert_eq!(sum, summary["peak_memory_bytes"].as_u64().unwrap(), "{summary}");
     assert_eq!(measured["weights"], summary["predicted_memory_bytes"]["weights"], "{summary}");
+}
+
+/// Before tiles are chosen on a device they are compared with the CPU there; the run is then that of the CPU.
+fn attention_by_tiles_passes_its_trial(scene: &Scene) {
+    let sets = ["device=wgpu", "training.max_steps=2", "logging.logging_steps=1"];
+    let ended = scene.run_with("tiles", &sets, &[("LOWRANK_ATTENTION", "registers")]);
+    assert_eq!(ended.code, 0, "{}", ended.said);
+    let said = "attention with heads of 16 numbers of F32: Registers in tiles, within ";
+    assert!(ended.said.contains(said), "{}", ended.said);
+    let losses = |run| scene.lines(run, "train").iter().map(|line| line["loss"].as_f64().unwrap()).collect::<Vec<_>>();
+    let ended = scene.run("host", &[&["device=cpu"], &sets[1..]].concat());
+    assert_eq!(ended.code, 0, "{}", ended.said);
+    for (card, cpu) in losses("tiles").iter().zip(losses("host")) {
+        assert!((card / cpu - 1.0).abs() < 1e-5, "{card} {cpu}");
+    }
 }
 
 /// A driver that does not compute in bf16 gives garbage and no error, so the device is asked first.

@@ -37,6 +37,9 @@ impl LowRankOps for CubeBackend {
     fn rms_norm_backward(x: T, gamma: T, dy: T, eps: f32, offset: f32) -> (T, T) {
         rms_norm::backward(x, gamma, dy, eps, offset)
     }
+    fn rms_norm_input_gradient(x: T, gamma: T, dy: T, eps: f32, offset: f32) -> T {
+        rms_norm::input_gradient(x, gamma, dy, eps, offset)
+    }
     fn gated(gate: T, up: T, activation: Activation) -> T {
         gated::forward(gate, up, activation)
     }

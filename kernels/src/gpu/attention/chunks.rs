@@ -4,7 +4,7 @@
 //! Memory: one chunk of scores, `b h c sk` in f32 and in the tensors' type (twice that in the backward), never `sq x sk`.
 //! Query heads of a group are rows of one product, `[b, g, c h/g, d] x [b, g, d, sk]`, so K and V are read once a group and never
 //! repeated. With a known band, a chunk meets only the keys it can see: about half of the products of a causal sequence.
-//! Gradients of K and V are summed over the chunks in f32, in order.
+//! Gradients of K and V are summed over the chunks in f32, from the last chunk on: where it sees every key, the sum starts with it.
 
 use burn::backend::ops::FloatTensorOps;
 use burn::tensor::{DType, Shape, Slice};
@@ -238,11 +238,25 @@ pub(super) fn forward(
         by_token(product(weights, chunk.keys(&v), dtype), s.repeats())
     };
     let parts = chunks(&s, known, length).into_iter().map(part).collect();
-    (CubeBackend::float_cat(parts, 1), lse)
+    (joined(parts), lse)
 }
 
-/// Adds `part` to the rows from `first` on of a sum that this call alone holds.
-fn add_rows(sum: CubeTensor, part: CubeTensor, first: usize, end: usize) -> CubeTensor {
+/// Parts one after another, by token.
+fn joined(mut parts: Vec<CubeTensor>) -> CubeTensor {
+    if parts.len() == 1 { dense(parts.remove(0)) } else { CubeBackend::float_cat(parts, 1) }
+}
+
+/// Adds `part` to the rows from `first` on of a sum of so many, which this call alone holds.
+fn add_rows(sum: Option<CubeTensor>, part: CubeTensor, first: usize, end: usize, count: usize) -> CubeTensor {
+    let sum = match sum {
+        None if end - first == count => return part,
+        None => {
+            let mut dims = part.meta.shape().clone();
+            dims[2] = count;
+            CubeBackend::float_zeros(dims, &part.device, part.dtype.into())
+        }
+        Some(sum) => sum,
+    };
     let slices = row_slices(&sum, first, end);
     let total = CubeBackend::float_add(CubeBackend::float_slice(sum.clone(), &slices), part);
     CubeBackend::float_slice_assign(sum, &slices, total)
@@ -259,10 +273,8 @@ pub(super) fn backward(
     let delta = delta(&out, &d_out);
     let (q, d_out) = (by_group(q, s.groups), by_group(d_out, s.groups));
     let (k, v) = (by_group(k, s.groups), by_group(v, s.groups));
-    let zeros = || CubeBackend::float_zeros(k.meta.shape().clone(), &k.device, burn::tensor::FloatDType::F32);
-    let (mut dk, mut dv) = (zeros(), zeros());
-    let mut dq = Vec::new();
-    for chunk in chunks(&s, known, length) {
+    let (mut dk, mut dv, mut dq) = (None, None, Vec::new());
+    for chunk in chunks(&s, known, length).into_iter().rev() {
         let (q, d_out, keys) = (chunk.queries(&s, &q), chunk.queries(&s, &d_out), chunk.keys(&k));
         let scores = product(q.clone(), transposed(keys.clone()), DType::F32);
         let d_weights = product(d_out.clone(), transposed(chunk.keys(&v)), DType::F32);
@@ -288,10 +300,14 @@ pub(super) fn backward(
             kinds.1,
         );
         let (first, end) = (chunk.first_key, chunk.end_key);
-        dv = add_rows(dv, product(transposed(weights), d_out, DType::F32), first, end);
-        dk = add_rows(dk, product(transposed(d_scores.clone()), q, DType::F32), first, end);
+        dv = Some(add_rows(dv, product(transposed(weights), d_out, DType::F32), first, end, s.keys));
+        dk = Some(add_rows(dk, product(transposed(d_scores.clone()), q, DType::F32), first, end, s.keys));
         dq.push(by_token(product(d_scores, keys, dtype), s.repeats()));
     }
-    let cast = |x| CubeBackend::float_cast(by_token(x, 1), dtype.into());
-    (CubeBackend::float_cat(dq, 1), cast(dk), cast(dv))
+    dq.reverse();
+    let cast = |x: Option<_>| {
+        let x = x.unwrap_or_else(|| unreachable!("there is a chunk"));
+        CubeBackend::float_cast(by_token(x, 1), dtype.into())
+    };
+    (joined(dq), cast(dk), cast(dv))
 }

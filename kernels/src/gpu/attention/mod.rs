@@ -16,9 +16,11 @@
 //! | 128 | 34.4 G, 35 us | 86 G, 87 us | 42 MB, 9 us | the same |
 //!
 //! So attention is bound by arithmetic and the chunks by their scores, 16 bytes a pair forward (f32 written and read twice, weights
-//! written and read) and 26 backward. **No speed was measured on a GPU yet**, and the fragment form has run on none: only
-//! the chunks and the register form were compared with the CPU, on software Vulkan. Hence [`choose`] takes the tiles only where it is
-//! told to; [`AttentionRoute`] is the switch by which a test or a bench on a card compares all three.
+//! written and read) and 26 backward: tiles in fragments win from about 15 % of the arithmetic's rate on, and take no memory. So
+//! they are chosen where a device has them. **No speed was measured on a GPU yet.** Chunks and registers were compared with the
+//! CPU on software Vulkan; fragments ran only as C++ for CUDA, translated for the CPU. Hence `trial.rs`: a device shows in a
+//! small case that it computes what the CPU does before its tiles are chosen. [`AttentionRoute`] is the switch by which a test or a
+//! bench compares all three, `LOWRANK_ATTENTION` that of a run.
 //!
 //! What ptxas 12.9 makes of the fragment form for sm_90a at d = 128, 128 units, no spills: forward of 64 queries by 64 keys 158
 //! registers and 68 KB of shared memory (three cubes a multiprocessor), query gradient 64 x 32 124 and 81 KB, key gradient 125
@@ -31,6 +33,8 @@ pub(super) mod rows;
 pub(super) mod tile;
 pub(super) mod tiles_backward;
 pub(super) mod tiles_forward;
+#[cfg(feature = "flex")]
+mod trial;
 
 use burn::tensor::DType;
 use burn_cubecl::tensor::CubeTensor;
@@ -41,6 +45,8 @@ use self::product::Form;
 use self::tile::Tile;
 use super::launch::{dense, element};
 use crate::attention::{AttentionHints, AttentionRoute};
+#[cfg(feature = "flex")]
+use crate::route;
 
 /// Sizes and factors of one call.
 #[derive(Clone, Copy)]
@@ -87,16 +93,34 @@ enum Way {
     Tiles(Tile),
 }
 
-/// The chooser. Tiles are asked for by name until a card has shown where they win.
+/// The chooser.
 fn choose(route: AttentionRoute, s: &Sizes, q: &CubeTensor, bytes: fn(&Tile, usize) -> usize) -> Way {
     let tile = match route {
-        AttentionRoute::Chosen => return Way::Chunks(0),
+        AttentionRoute::Chosen => return chosen(s, q, bytes),
         AttentionRoute::Chunks(length) => return Way::Chunks(length),
         AttentionRoute::Registers => tile(Form::Registers, s, q, bytes),
         AttentionRoute::Fragments => tile(Form::Fragments, s, q, bytes),
     };
     assert!(tile.is_some(), "{route:?} has no tile for heads of {} numbers of {:?} on this device", s.width, q.dtype);
     tile.map_or(Way::Chunks(0), Way::Tiles)
+}
+
+/// Tiles in fragments where the device has them and they pass their trial, unless `LOWRANK_ATTENTION` forces another way.
+#[cfg(feature = "flex")]
+fn chosen(s: &Sizes, q: &CubeTensor, bytes: fn(&Tile, usize) -> usize) -> Way {
+    let form = match route::attention() {
+        route::Attention::Chunks => return Way::Chunks(0),
+        route::Attention::Registers => Form::Registers,
+        route::Attention::Fragments => Form::Fragments,
+    };
+    let tile = tile(form, s, q, bytes).filter(|_| trial::passes(form, s, q));
+    tile.map_or(Way::Chunks(0), Way::Tiles)
+}
+
+/// Without a CPU to compare them with, tiles are not chosen.
+#[cfg(not(feature = "flex"))]
+fn chosen(_s: &Sizes, _q: &CubeTensor, _bytes: fn(&Tile, usize) -> usize) -> Way {
+    Way::Chunks(0)
 }
 
 /// The largest tile that the device's shared memory holds; on devices with much of it two cubes share it.

@@ -179,9 +179,11 @@ pub(super) const ROWS: &[Row] = &[
     row!(rms_norm => rms_norm_kernel, RmsNormKernel, "f32", line(32),
         (B, B, B, (), (), (), ()), 1, shared(32), F32, F32),
     row!(rms_norm => rms_norm_backward_kernel, RmsNormBackwardKernel, "bf16", line(256),
-        (B, B, B, B, B, (), (), (), ()), 4, planes(256), BF16, BF16),
+        (B, B, B, B, list([B]), (), (), (), ()), 4, planes(256), BF16, BF16),
+    row!(rms_norm => rms_norm_backward_kernel, RmsNormBackwardKernel, "bf16 frozen", line(256),
+        (B, B, B, B, list([]), (), (), (), ()), 8, planes(256), BF16, BF16),
     row!(rms_norm => rms_norm_backward_kernel, RmsNormBackwardKernel, "f32", line(32),
-        (B, B, B, B, B, (), (), (), ()), 1, shared(32), F32, F32),
+        (B, B, B, B, list([B]), (), (), (), ()), 1, shared(32), F32, F32),
     row!(rotary => rotary_kernel, RotaryKernel, "bf16", line(256), (B, B, B, over(0), (), (), ()), 4, BF16),
     row!(rotary => rotary_kernel, RotaryKernel, "f32", line(256), (B, B, B, B, (), (), ()), 1, F32),
 
