@@ -48,42 +48,53 @@ pub(crate) enum Attention {
     Chunks,
 }
 
-fn forced(variable: &str) -> Option<String> {
-    std::env::var(variable).ok()
+/// The way that a variable forces. Another value than its names is said and left aside.
+fn forced<T: Copy>(variable: &str, ways: &[(&str, T)]) -> Option<T> {
+    let value = std::env::var(variable).ok()?;
+    let found = ways.iter().find(|(name, _)| *name == value).map(|&(_, way)| way);
+    match found {
+        Some(_) => tracing::info!("{variable} = {value}"),
+        None => {
+            let names: Vec<&str> = ways.iter().map(|&(name, _)| name).collect();
+            tracing::warn!("{variable} is \"{value}\", expected {}: it is ignored", names.join(" or "));
+        }
+    }
+    found
 }
 
 /// For a result `[m, n]`; `is_sum` where something is added to it (or types differ), which only a matmul does.
 pub(crate) fn product(m: usize, n: usize, is_sum: bool) -> Product {
-    static FORCED: LazyLock<Option<String>> = LazyLock::new(|| forced("LOWRANK_THIN"));
-    match (FORCED.as_deref(), m.min(n)) {
+    static FORCED: LazyLock<Option<Product>> =
+        LazyLock::new(|| forced("LOWRANK_THIN", &[("kernel", Product::Thin), ("matmul", Product::Matmul)]));
+    match (*FORCED, m.min(n)) {
         _ if is_sum => Product::Matmul,
-        (Some("kernel"), _) => Product::Thin,
-        (Some("matmul"), _) => Product::Matmul,
-        (_, 0..=1) => Product::Matmul, // cubek has kernels for vectors
-        (_, 2..=THIN) => Product::Thin,
-        _ => Product::Matmul,
+        (Some(way), _) => way,
+        (None, 2..=THIN) => Product::Thin,
+        // cubek has kernels for vectors
+        (None, _) => Product::Matmul,
     }
 }
 
+/// On devices that can do it.
 #[cfg(all(feature = "gpu", feature = "flex"))]
 pub(crate) fn attention() -> Attention {
-    static FORCED: LazyLock<Option<String>> = LazyLock::new(|| forced("LOWRANK_ATTENTION"));
-    match FORCED.as_deref() {
-        Some("registers") => Attention::Registers,
-        Some("chunks") => Attention::Chunks,
-        _ => Attention::Fragments,
-    }
+    static FORCED: LazyLock<Option<Attention>> = LazyLock::new(|| {
+        let ways =
+            [("fragments", Attention::Fragments), ("registers", Attention::Registers), ("chunks", Attention::Chunks)];
+        forced("LOWRANK_ATTENTION", &ways)
+    });
+    FORCED.unwrap_or(Attention::Fragments)
 }
 
 /// For so many tokens.
 pub(crate) fn packed(tokens: usize, layout: &Layout) -> Packed {
-    static FORCED: LazyLock<Option<String>> = LazyLock::new(|| forced("LOWRANK_PACKED"));
-    let whole_words = layout.stored()[1].is_multiple_of(layout.format.per_word());
-    match (FORCED.as_deref(), tokens) {
-        _ if !whole_words => Packed::Panels,
-        (Some("codes"), _) => Packed::Codes,
-        (Some("panels"), _) => Packed::Panels,
-        (_, 0..=FEW) => Packed::Codes,
-        _ => Packed::Panels,
+    static FORCED: LazyLock<Option<Packed>> =
+        LazyLock::new(|| forced("LOWRANK_PACKED", &[("codes", Packed::Codes), ("panels", Packed::Panels)]));
+    let has_whole_words = layout.stored()[1].is_multiple_of(layout.format.per_word());
+    match (*FORCED, tokens) {
+        _ if !has_whole_words => Packed::Panels,
+        (Some(way), _) => way,
+        (None, 0..=FEW) => Packed::Codes,
+        (None, _) => Packed::Panels,
     }
 }

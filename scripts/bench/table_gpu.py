@@ -90,19 +90,21 @@ def print_steps(lines):
             name = program[0] + (f", {program[2]}" if program[2] != "None" else "")
             what = f"{workload}, {batch} x {seq}, {dtype}"
             if not good:
-                rows.append((what, name, runs[0]["error"], "", "", "", "", "", ""))
+                rows.append((what, name, runs[0]["error"], "", "", "", "", "", "", "", ""))
                 continue
             tokens, memory = (statistics.median(run[key] or 0 for run in good) for key in ("tokens_per_s", "peak_device_gib"))
             rate = statistics.median(run["model_tflops"] for run in good)
             peak = peaks.get((program[1], program[2]))
+            host, launches = (statistics.median(run.get(key) or 0 for run in good) for key in ("host_s", "launches"))
             is_ours = program[2] != "None"
             rows.append((
-                what, name, number(1e3 * statistics.median(run["s_per_step"] for run in good)), number(tokens, 0),
+                what, name, number(1e3 * statistics.median(run["s_per_step"] for run in good)),
+                number(1e3 * host) if host else "", number(launches, 0) if launches else "", number(tokens, 0),
                 number(rate), f"{100 * rate / peak:.0f} %" if peak else "", number(memory, 2) if memory else "",
                 f"{tokens / fastest:.2f}" if is_ours and fastest else "",
                 f"{memory / min(memories):.2f}" if is_ours and memories and memory else "",
             ))
-    table(("work", "program", "ms", "tokens/s", "model TFLOP/s", "of the GEMM peak", "peak GiB", "speed : best peer",
+    table(("work", "program", "ms", "of which host", "launches", "tokens/s", "model TFLOP/s", "of the GEMM peak", "peak GiB", "speed : best peer",
            "memory : best peer"), rows)
 
 
