@@ -18,12 +18,12 @@
 //! | [`attention`] | softmax attention over key ranges | arithmetic | tiles, log-sum-exp saved | own, three ways |
 //! | [`gated`] | SwiGLU, GeGLU | memory | one pass | own |
 //! | [`cross_entropy`] | loss and gradient of a chunk of logits | memory | in place | own, gradient in place |
-//! | [`adamw`] | optimiser step | memory | in place | own, in place |
+//! | [`adamw`], [`adamw_all`] | optimiser step, of any number of tensors | memory | in place | own, in place, many tensors a launch |
 //! | [`adam8()`] | optimiser step with moments in 8 bits | memory | in place | own, in place |
 //! | [`stochastic_round`] | f32 to 16 bits, mean kept | memory | one pass | own |
 //! | [`pack_groups`] | values to int8 or int4 in groups | memory | one pass | own |
 //! | [`top_columns`] | indices of the largest scores | launches | sorts | own |
-//! | [`sum_squares`] | for gradient norms | memory | one pass | own |
+//! | [`sum_squares`], [`sum_squares_all`], [`sum_all`] | for gradient norms | memory | one pass | own, many tensors a launch |
 //!
 //! Every operation is a method of [`LowRankOps`] with a default body in plain tensor operations (the reference) and a hand-written
 //! backward that serves all backends. CPU loops are in the file of the operation, CubeCL kernels in `gpu/`; where the table says

@@ -3,10 +3,10 @@
 //! | kernel | file | work per cube |
 //! | --- | --- | --- |
 //! | 8-bit Adam step | `adam8.rs` | one block of values |
-//! | AdamW step | `adamw.rs` | elementwise |
+//! | AdamW step of several tensors | `adamw.rs` | elementwise |
 //! | cross-entropy with its gradient | `cross_entropy.rs` | one row |
 //! | gated forward, backward | `gated.rs` | elementwise |
-//! | sum of squares | `reduce.rs` | a share of the values |
+//! | sums, of squares or values, of several tensors | `reduce.rs` | a share of the values |
 //! | RMS norm forward, backward | `rms_norm.rs` | one row |
 //! | attention by chunks: softmax, its backward | `attention/chunks.rs` | one row of scores |
 //! | attention by tiles: forward, two backward | `attention/tiles_*.rs` | one tile of queries or keys |
