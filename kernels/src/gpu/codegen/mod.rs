@@ -159,6 +159,7 @@ fn launches_in(folder: &Path, found: &mut BTreeMap<String, Launch>) {
 /// Leaves a text in the folder that `CODEGEN_OUT` names.
 fn keep(row: &Row, text: &str, ending: &str) {
     if let Some(folder) = std::env::var_os("CODEGEN_OUT") {
+        std::fs::create_dir_all(&folder).unwrap();
         std::fs::write(Path::new(&folder).join(format!("{}.{ending}", row.name().replace(' ', "-"))), text).unwrap();
     }
 }
