@@ -179,6 +179,7 @@ pub const ROWS: &[Row] = &[
     row("packed_linear, 8 tokens", |inputs, sizes| thin::few_packed(inputs, sizes, 8)),
     row("linear, 8 tokens", |inputs, sizes| thin::few_dense(inputs, sizes, 8)),
     row("adamw", optimizer::adamw),
+    row("adamw_all", optimizer::adamw_all),
     row("adam8", optimizer::adam8),
     Row { is_repeatable: false, ..row("stochastic_round", optimizer::stochastic_round) },
     row("pack_groups", |inputs, sizes| optimizer::pack_groups(inputs, sizes, Rounding::Nearest)),
@@ -190,6 +191,7 @@ pub const ROWS: &[Row] = &[
     },
     row("top_columns", optimizer::top_columns),
     row("sum_squares", optimizer::sum_squares),
+    row("sum_squares_all", optimizer::sum_squares_all),
 ];
 
 fn work(

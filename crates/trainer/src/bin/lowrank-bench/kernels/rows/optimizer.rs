@@ -24,7 +24,43 @@ pub fn adamw(inputs: &mut Inputs, s: &Sizes) -> anyhow::Result<Work> {
     })
 }
 
-/// As above, with codes of a byte for the moments and a scale of each for 256 values. The new codes are not compared: where a device
+/// The factors of LoRA on the seven matrices of four blocks, about: launches decide.
+const FACTORS: usize = 64;
+
+fn factor(s: &Sizes, index: usize) -> [usize; 2] {
+    if index.is_multiple_of(2) { [s.hidden, s.rank] } else { [s.rank, s.hidden] }
+}
+
+/// [`adamw`] of many small tensors.
+pub fn adamw_all(inputs: &mut Inputs, s: &Sizes) -> anyhow::Result<Work> {
+    let all = 0..FACTORS;
+    let mut state: Vec<[Tensor<2>; 3]> = all
+        .clone()
+        .map(|i| factor(s, i))
+        .map(|dims| [inputs.precise(dims), inputs.precise(dims), inputs.positive(dims)])
+        .collect();
+    let gradients: Vec<Tensor<2>> = all.map(|i| inputs.precise(factor(s, i))).collect();
+    let values = FACTORS as f64 * product(&factor(s, 0));
+    let rule =
+        AdamW { learning_rate: 0.1, betas: (0.9, 0.99), eps: 1e-8, weight_decay: 0.1, step: 2, gradient_scale: 0.5 };
+    work(format!("{FACTORS} of {} x {}", s.hidden, s.rank), 14.0 * values, 28.0 * values, false, move || {
+        let sets = std::mem::take(&mut state).into_iter().zip(&gradients);
+        let sets = sets.map(|([parameter, first, second], gradient)| [parameter, first, second, gradient.clone()]);
+        state = kernels::adamw_all(sets.collect(), None, rule);
+        state.iter().map(|set| Out::D2(set[0].clone())).collect()
+    })
+}
+
+/// [`sum_squares`] of many small tensors.
+pub fn sum_squares_all(inputs: &mut Inputs, s: &Sizes) -> anyhow::Result<Work> {
+    let gradients: Vec<Tensor<2>> = (0..FACTORS).map(|i| inputs.precise(factor(s, i))).collect();
+    let values = FACTORS as f64 * product(&factor(s, 0));
+    work(format!("{FACTORS} of {} x {}", s.hidden, s.rank), 2.0 * values, 4.0 * values, false, move || {
+        vec![Out::D1(kernels::sum_squares_all(gradients.clone()))]
+    })
+}
+
+/// As [`adamw`], with codes of a byte for the moments and a scale of each for 256 values. The new codes are not compared: where a device
 /// divides inexactly, one may be the neighbour.
 pub fn adam8(inputs: &mut Inputs, s: &Sizes) -> anyhow::Result<Work> {
     const BLOCK: usize = 256;
