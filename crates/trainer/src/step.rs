@@ -123,15 +123,16 @@ fn update_codes_now<M: Network>(
 /// model and updated together.
 pub fn apply<M: Network>(model: &mut M, accumulated: &mut Accumulated, optimizer: &mut Optimizer, rules: Rules<'_>) {
     update_codes_now(model, optimizer, rules, &mut accumulated.gradients, |_| {});
-    let (mut updates, device) = (vec![], model.device());
+    // no copy of a parameter stays in the model while it is updated, so that it can change in place
+    let (mut updates, stand_in) = (vec![], Tensor::<2>::empty([1, 1], &model.device()));
     model.map_parameters(&mut |name, parameter| match accumulated.gradients.remove(name) {
         None => parameter,
         Some(gradient) if optimizer.manages(name) => optimizer.step(name, parameter, gradient, rules(name)),
         Some(gradient) => {
-            // no copy stays in the model, so that it can change in place
-            let stand_in = Tensor::empty(if parameter.dims()[0] == 1 { parameter.dims() } else { [1, 1] }, &device);
+            let is_vector = parameter.dims()[0] == 1; // which keeps its length
+            let left = if is_vector { parameter.zeros_like() } else { stand_in.clone() };
             updates.push(Update { name: name.to_owned(), parameter, gradient, rule: rules(name) });
-            stand_in
+            left
         }
     });
     let names: Vec<String> = updates.iter().map(|update| update.name.clone()).collect();
