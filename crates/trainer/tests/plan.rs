@@ -85,7 +85,20 @@ const GEMMA: &str = r#"{"model_type": "gemma2", "hidden_size": 256, "intermediat
     "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "vocab_size": 4000, "sliding_window": 64,
     "max_position_embeddings": 4096, "rope_theta": 10000.0, "query_pre_attn_scalar": 64, "initializer_range": 0.02,
     "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}"#;
+/// Norms behind the sums, positions for 512 tokens: 3.9 million parameters.
+const BERT: &str = r#"{"model_type": "bert", "architectures": ["BertForSequenceClassification"], "hidden_size": 256,
+    "intermediate_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 8, "vocab_size": 2000, "type_vocab_size": 2,
+    "max_position_embeddings": 512, "hidden_dropout_prob": 0.0, "initializer_range": 0.02}"#;
+/// The same with the dropout that most checkpoints have.
+const BERT_DROPS: &str = r#"{"model_type": "bert", "architectures": ["BertForSequenceClassification"], "hidden_size": 256,
+    "intermediate_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 8, "vocab_size": 2000, "type_vocab_size": 2,
+    "max_position_embeddings": 512, "hidden_dropout_prob": 0.1, "initializer_range": 0.02}"#;
+/// Norms before the layers, 65 patches and tokens of an image: 2.4 million parameters.
+const VIT: &str = r#"{"model_type": "vit", "architectures": ["ViTForImageClassification"], "hidden_size": 192,
+    "intermediate_size": 768, "num_hidden_layers": 5, "num_attention_heads": 6, "image_size": 128, "patch_size": 16,
+    "num_channels": 3, "hidden_dropout_prob": 0.0, "initializer_range": 0.02}"#;
 
+/// Name, `config.json` of the model, settings.
 const CASES: &[(&str, &str, &str)] = &[
     ("full", LLAMA, "data.max_seq_length = 256"),
     ("full, long", LLAMA, "data.max_seq_length = 1536"),
@@ -223,22 +236,6 @@ const CASES: &[(&str, &str, &str)] = &[
     ("apollo", LLAMA, "data.max_seq_length = 256\noptimizer.apollo = { rank = 32, update_proj_gap = 4 }"),
     ("fira", LLAMA, "data.max_seq_length = 256\noptimizer.fira = { rank = 32, update_proj_gap = 4 }"),
     ("ldadam", LLAMA, "data.max_seq_length = 256\noptimizer.ldadam = { rank = 32 }"),
-];
-
-/// Norms behind the sums, positions for 512 tokens: 3.9 million parameters.
-const BERT: &str = r#"{"model_type": "bert", "architectures": ["BertForSequenceClassification"], "hidden_size": 256,
-    "intermediate_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 8, "vocab_size": 2000, "type_vocab_size": 2,
-    "max_position_embeddings": 512, "hidden_dropout_prob": 0.0, "initializer_range": 0.02}"#;
-/// The same with the dropout that most checkpoints have.
-const BERT_DROPS: &str = r#"{"model_type": "bert", "architectures": ["BertForSequenceClassification"], "hidden_size": 256,
-    "intermediate_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 8, "vocab_size": 2000, "type_vocab_size": 2,
-    "max_position_embeddings": 512, "hidden_dropout_prob": 0.1, "initializer_range": 0.02}"#;
-/// Norms before the layers, 65 patches and tokens of an image: 2.4 million parameters.
-const VIT: &str = r#"{"model_type": "vit", "architectures": ["ViTForImageClassification"], "hidden_size": 192,
-    "intermediate_size": 768, "num_hidden_layers": 5, "num_attention_heads": 6, "image_size": 128, "patch_size": 16,
-    "num_channels": 3, "hidden_dropout_prob": 0.0, "initializer_range": 0.02}"#;
-
-const CLASSIFIERS: &[(&str, &str, &str)] = &[
     ("bert, full", BERT, "data.max_seq_length = 256"),
     ("bert, full, long", BERT, "data.max_seq_length = 1024"),
     ("bert, full, short", BERT, "data.max_seq_length = 32"),
@@ -289,8 +286,8 @@ fn classifier_batch(config: &RunConfig, model: &ClassifierConfig) -> ClassifierB
     ClassifierBatch { input, labels: Labels::Classes((0..rows as i32).map(|row| row % 2).collect()), records: vec![] }
 }
 
-/// The model of a case, as a run makes it.
-fn model(folder: &std::path::Path, config: &RunConfig) -> Decoder {
+/// The decoder of a case, as a run makes it.
+fn decoder(folder: &std::path::Path, config: &RunConfig) -> Decoder {
     let device = lowrank_train::device::choose("cpu").unwrap().device;
     let dtype = if config.dtype == Dtype::Bf16 { FloatDType::BF16 } else { FloatDType::F32 };
     let random = || load::random(folder, dtype, 1, &device).unwrap();
@@ -335,7 +332,7 @@ fn batch(config: &RunConfig, vocab: usize, key: u64) -> Batch {
 }
 
 /// Most bytes of the first steps of a run, beyond those before its model was made.
-fn measured<M: Network>(config: &RunConfig, make: impl Fn() -> M, batches: &[M::Batch], steps: u64) -> u64 {
+fn peak<M: Network>(config: &RunConfig, make: impl Fn() -> M, batches: &[M::Batch], steps: u64) -> u64 {
     let before = LIVE.load(Ordering::Relaxed);
     let mut model = make();
     let mut optimizer = optimizer::build(config, &mut model).unwrap();
@@ -363,33 +360,32 @@ fn measured<M: Network>(config: &RunConfig, make: impl Fn() -> M, batches: &[M::
     (PEAK.load(Ordering::Relaxed) - before) as u64
 }
 
-/// Predicted and measured memory of a case.
-fn compare(model_json: &str, settings: &str, is_classifier: bool) -> (Plan, u64) {
+fn measured<M: Network>(config: &RunConfig, make: impl Fn() -> M, batches: &[M::Batch]) -> u64 {
+    peak(config, &make, batches, 1); // leaves scratch of threads and libraries, which stays
+    peak(config, &make, batches, STEPS)
+}
+
+/// Predicted and measured memory of a case. A model is a classifier where its architecture says so.
+fn compare(model: &str, settings: &str) -> (Plan, u64) {
     let folder = tempfile::tempdir().unwrap();
     let place = folder.path();
-    std::fs::write(place.join("config.json"), model_json).unwrap();
+    std::fs::write(place.join("config.json"), model).unwrap();
     let text = format!("{settings}\ntraining.max_steps = {STEPS}\ndata.train = 'none'\n");
     let config: RunConfig = toml::from_str(&text).unwrap();
-    let machine = Machine::Cpu { threads: 2 };
-    // The first step leaves scratch of threads and libraries, which stays.
-    if is_classifier {
+    let predicted = |subject: Subject| plan::predict(&config, subject, Machine::Cpu { threads: 2 }).unwrap();
+    if model.contains("Classification") {
         let model = ClassifierConfig::read(place, None).unwrap();
-        let plan = plan::predict(&config, Subject::Classifier { config: &model, fresh: &[] }, machine).unwrap();
         let batches = [classifier_batch(&config, &model)];
-        let run = |steps| measured(&config, || classifier(place, &config), &batches, steps);
-        run(1);
-        return (plan, run(STEPS));
+        let plan = predicted(Subject::Classifier { config: &model, fresh: &[] });
+        return (plan, measured(&config, || classifier(place, &config), &batches));
     }
-    if settings.contains("quantization") {
+    if config.quantization.is_some() {
         write_weights(place);
     }
-    let decoder = DecoderConfig::read(place).unwrap();
-    let plan = plan::predict(&config, &decoder, machine).unwrap();
+    let model = DecoderConfig::read(place).unwrap();
     let micro_batches = config.training.gradient_accumulation_steps as u64;
-    let batches: Vec<Batch> = (0..micro_batches).map(|key| batch(&config, decoder.vocab_size, key)).collect();
-    let run = |steps| measured(&config, || model(place, &config), &batches, steps);
-    run(1);
-    (plan, run(STEPS))
+    let batches: Vec<Batch> = (0..micro_batches).map(|key| batch(&config, model.vocab_size, key)).collect();
+    (predicted(Subject::Decoder(&model)), measured(&config, || decoder(place, &config), &batches))
 }
 
 fn line(name: &str, plan: &Plan, measured: u64) -> String {
@@ -412,9 +408,8 @@ fn predictions_are_within_a_tenth_of_what_is_allocated() {
     rayon::ThreadPoolBuilder::new().num_threads(2).build_global().unwrap();
     let wanted = std::env::var("PLAN_CASE").unwrap_or_default();
     let (mut lines, mut wrong) = (vec![], 0);
-    let cases = CASES.iter().map(|case| (case, false)).chain(CLASSIFIERS.iter().map(|case| (case, true)));
-    for ((name, model, settings), is_classifier) in cases.filter(|((name, ..), _)| name.contains(&wanted)) {
-        let (plan, measured) = compare(model, settings, is_classifier);
+    for (name, model, settings) in CASES.iter().filter(|(name, ..)| name.contains(&wanted)) {
+        let (plan, measured) = compare(model, settings);
         let error = (plan.peak_bytes as f64 / measured as f64 - 1.0).abs();
         wrong += usize::from(error > TOLERANCE);
         lines.push(line(name, &plan, measured));

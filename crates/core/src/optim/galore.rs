@@ -13,8 +13,8 @@
 //! `exact = true` is that algorithm to the letter: G is formed, its SVD is exact. Otherwise the backward pass forms
 //! `R = (x P)^T dy` itself ([`kernels::projected_linear`]) and G never exists:
 //!
-//! * a refresh finds the basis from the factors x and dy by a randomised range finder ([`linalg::range_finder`]), which starts
-//!   from the momentum, the smoothed memory of the old subspace, and from fresh Gaussian columns;
+//! * a refresh finds the basis from the factors x and dy by a randomised range finder ([`crate::linalg::range_finder`]), which
+//!   starts from the momentum, the smoothed memory of the old subspace, and from fresh Gaussian columns;
 //! * with several micro batches the basis of the next step comes from a sketch of the summed gradient (`lagged`), or from the
 //!   first micro batch, or from the dense gradient of that one step;
 //! * with `merge = deferred` the layer acts as `c W + P B` between refreshes: updates go to B in f32, decay to B and c, and W,
@@ -30,63 +30,23 @@
 //!
 //! Every step adds `2 m n r` for the update itself.
 
-use std::time::Instant;
-
-use burn::tensor::{Device, FloatDType, Tensor};
+use burn::tensor::{FloatDType, Tensor};
 use lowrank_kernels::packed::Order;
 use lowrank_kernels::{self as kernels, Weight};
 
-use super::q_galore::{self, LazyGap, Quantised};
-use super::rules::{Rule, RuleConfig};
-use super::subspace::{Basis, ProjType, Side};
+use super::one_side::scalar;
+use super::q_galore::{self, LazyGap};
+use super::rules::Rule;
+use super::subspace::{Basis, Side};
 use super::{MatrixOptimizer, Report, State, StepRule};
 use crate::directions::Directions;
-use crate::linalg;
 use crate::projection::Gradient;
 
-/// How a refresh over several micro batches gets its basis.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Accumulation {
-    /// From a sketch of the summed gradient, for the steps after this one.
-    #[default]
-    Lagged,
-    /// From the dense gradient, kept for this step.
-    Dense,
-    /// From the first micro batch.
-    FirstMicroBatch,
-}
+mod config;
+mod refresh;
 
-/// How the norm of the whole gradient is known.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Norm {
-    /// R exactly, the rest by a sketch.
-    #[default]
-    Hybrid,
-    /// Exactly, from the factors; one micro batch only.
-    Exact,
-    /// That of R alone.
-    Projected,
-}
-
-/// What happens to the moments when the basis changes.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Moments {
-    /// Nothing, as published: they are read in the new coordinates.
-    #[default]
-    Keep,
-    /// They are carried into the new coordinates (LDAdam, arXiv 2410.16103).
-    Rotate,
-}
-
-/// When updates reach the weight.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Merge {
-    /// In every step.
-    #[default]
-    Eager,
-    /// At refreshes, and before the model is written. Input side only.
-    Deferred,
-}
+pub use config::{Accumulation, GaloreConfig, Merge, Moments, Norm};
+use refresh::Plan;
 
 /// Updates that are not yet in the weight: the layer acts as `keep W + P up`.
 #[derive(Clone, Debug)]
@@ -101,81 +61,6 @@ impl Pending {
         let weight = if self.keep == 1.0 { weight } else { weight * self.keep };
         kernels::gemm(left.clone(), self.up.clone(), Some(weight), 1.0)
     }
-}
-
-/// Hyper-parameters.
-#[derive(Clone, Debug, PartialEq)]
-pub struct GaloreConfig {
-    /// r; at most the smaller dimension is used.
-    pub rank: usize,
-    /// Steps between two refreshes of the basis.
-    pub update_proj_gap: u64,
-    /// Factor of the update.
-    pub scale: f64,
-    /// Side.
-    pub proj_type: ProjType,
-    /// The published algorithm: dense gradient, exact SVD.
-    pub exact: bool,
-    /// Rule on R.
-    pub rule: RuleConfig,
-    /// Power iterations of a refresh from nothing; a refresh with a momentum needs one less.
-    pub power_iterations: usize,
-    /// Columns of the range finder beyond r.
-    pub oversampling: usize,
-    /// Columns of the norm's sketch.
-    pub norm_sketch: usize,
-    /// How the gradient norm is known.
-    pub norm: Norm,
-    /// Refresh over several micro batches.
-    pub accumulation: Accumulation,
-    /// Choose the signs of a new basis so that each direction agrees with its predecessor.
-    pub align_sign: bool,
-    /// Moments at a refresh.
-    pub moments: Moments,
-    /// When updates reach the weight.
-    pub merge: Merge,
-    /// Q-GaLore: basis held in 4 bits, lazy refreshes.
-    pub quantised: Option<Quantised>,
-    /// Tokens of a micro batch, for `proj_type = auto`.
-    pub tokens: usize,
-}
-
-impl Default for GaloreConfig {
-    fn default() -> Self {
-        Self {
-            rank: 128,
-            update_proj_gap: 200,
-            scale: 0.25,
-            proj_type: ProjType::Input,
-            exact: false,
-            rule: RuleConfig::galore_adamw(),
-            power_iterations: 1,
-            oversampling: 16,
-            norm_sketch: 8,
-            norm: Norm::Hybrid,
-            accumulation: Accumulation::Lagged,
-            align_sign: true,
-            moments: Moments::Keep,
-            merge: Merge::Eager,
-            quantised: None,
-            tokens: 2048,
-        }
-    }
-}
-
-/// What the backward passes of the current step hand over, and what becomes of the basis.
-#[derive(Clone, Copy, Debug, PartialEq)]
-enum Plan {
-    /// The projected gradient.
-    Projected,
-    /// Factors, for the exact norm alone.
-    Norm,
-    /// Factors; the first micro batch gives the basis.
-    RefreshNow,
-    /// Factors; a sketch of their sum gives the next basis.
-    RefreshLagged,
-    /// The dense gradient; with a refresh where it is due.
-    Dense { refresh: bool },
 }
 
 /// GaLore on one matrix.
@@ -256,193 +141,6 @@ impl Galore {
         Some(Basis { left: values(left), right: values(right) })
     }
 
-    fn gap(&self) -> u64 {
-        self.lazy.as_ref().map_or(self.config.update_proj_gap, LazyGap::gap)
-    }
-
-    fn refresh_is_due(&self) -> bool {
-        self.collected.is_none() || (self.step + self.offset).is_multiple_of(self.gap())
-    }
-
-    /// Columns of the norm's sketch.
-    fn sketch_columns(&self) -> usize {
-        let is_sketched = !self.config.exact && self.config.norm == Norm::Hybrid;
-        if is_sketched { self.config.norm_sketch } else { 0 }
-    }
-
-    fn gaussian(&self, purpose: &str, rows: usize, cols: usize, deviation: f64, device: &Device) -> Tensor<2> {
-        let name = format!("{} {purpose} {}", self.name, self.refreshes);
-        linalg::gaussian(self.seed, &name, rows, cols, deviation, device)
-    }
-
-    /// Start block of a range finder on vectors of length `rows`: the momentum's directions, then Gaussian columns. `axis` is
-    /// the axis of the momentum that has this length.
-    fn start_block(&self, rows: usize, axis: usize, device: &Device) -> (Tensor<2>, bool) {
-        let columns = (self.rank + self.config.oversampling).min(rows);
-        let momentum = if self.side == Side::Both { None } else { self.rule.momentum() };
-        let purpose = if axis == 0 { "start rows" } else { "start columns" };
-        match momentum {
-            Some(momentum) if columns > self.rank || columns == rows => {
-                let warm = if axis == 0 { momentum } else { momentum.transpose() };
-                let warm = warm.slice([0..rows, 0..self.rank.min(columns)]);
-                let fresh = columns - warm.dims()[1];
-                if fresh == 0 {
-                    return (linalg::orthonormal(warm), true);
-                }
-                let warm = linalg::orthonormal(warm);
-                let fresh = self.gaussian(purpose, rows, fresh, (1.0 / rows as f64).sqrt(), device);
-                (Tensor::cat(vec![warm, fresh], 1), true)
-            }
-            _ => (self.gaussian(purpose, rows, columns, 1.0, device), false),
-        }
-    }
-
-    /// The basis of the gradient `x^T dy`.
-    fn basis_of_factors(&self, x: &Tensor<2>, dy: &Tensor<2>) -> Basis {
-        let [m, n] = self.dims;
-        let device = x.device();
-        let iterations = |is_warm: bool| self.config.power_iterations.saturating_sub(usize::from(is_warm));
-        match self.side {
-            Side::Input => {
-                let (start, is_warm) = self.start_block(n, 1, &device);
-                let found = linalg::range_finder(x, dy, start, iterations(is_warm), self.rank);
-                Basis { left: Some(found.basis), right: None }
-            }
-            Side::Output => {
-                let (start, is_warm) = self.start_block(m, 0, &device);
-                let found = linalg::range_finder(dy, x, start, iterations(is_warm), self.rank);
-                Basis { left: None, right: Some(found.basis) }
-            }
-            Side::Both => {
-                let (start, is_warm) = self.start_block(n, 1, &device);
-                let found = linalg::range_finder(x, dy, start, iterations(is_warm), self.rank);
-                // The rows of R are the right singular vectors times their singular values, in order.
-                let right = linalg::orthonormal(found.projected.transpose());
-                Basis { left: Some(found.basis), right: Some(right) }
-            }
-        }
-    }
-
-    fn basis_of_gradient(&self, g: &Tensor<2>) -> Basis {
-        let svd = linalg::svd(g.clone(), self.rank);
-        Basis {
-            left: (self.side != Side::Output).then_some(svd.left),
-            right: (self.side != Side::Input).then_some(svd.right),
-        }
-    }
-
-    /// Adds a micro batch to the sketches of the next basis.
-    fn add_to_sketch(&mut self, x: &Tensor<2>, dy: &Tensor<2>) {
-        let [m, n] = self.dims;
-        let device = x.device();
-        if self.sketch.is_empty() {
-            if self.side != Side::Output {
-                self.sketch.push((self.start_block(n, 1, &device).0, None));
-            }
-            if self.side != Side::Input {
-                self.sketch.push((self.start_block(m, 0, &device).0, None));
-            }
-        }
-        let is_output = self.side == Side::Output;
-        for (index, (start, sum)) in self.sketch.iter_mut().enumerate() {
-            let (a, b) = if is_output || index == 1 { (dy, x) } else { (x, dy) };
-            let thin = kernels::gemm(b.clone(), start.clone(), None, 1.0);
-            *sum = Some(kernels::gemm(a.clone().transpose(), thin, sum.take(), 1.0));
-        }
-    }
-
-    /// The basis of the sketches.
-    fn basis_of_sketch(&mut self) -> Option<Basis> {
-        let found: Vec<Tensor<2>> = std::mem::take(&mut self.sketch)
-            .into_iter()
-            .filter_map(|(_, sum)| Some(linalg::sketch_basis(sum?, self.rank).0))
-            .collect();
-        let mut found = found.into_iter();
-        let first = found.next()?;
-        Some(match self.side {
-            Side::Input => Basis { left: Some(first), right: None },
-            Side::Output => Basis { left: None, right: Some(first) },
-            Side::Both => Basis { left: Some(first), right: found.next() },
-        })
-    }
-
-    /// Takes a new basis into use: signs, moments, quantisation, the sketch of the norm.
-    fn install(&mut self, new: Basis) {
-        let old = self.basis();
-        if let (Some(pending), Some(left)) = (self.pending.take(), old.as_ref().and_then(|old| old.left.clone())) {
-            self.retired = Some((left, pending));
-        }
-        let signed = |new: Option<Tensor<2>>, old: Option<&Tensor<2>>| {
-            new.map(|new| match old {
-                Some(old) if self.config.align_sign => linalg::align_signs(new, old.clone()),
-                _ => linalg::fix_signs(new),
-            })
-        };
-        let new = Basis {
-            left: signed(new.left, old.as_ref().and_then(|old| old.left.as_ref())),
-            right: signed(new.right, old.as_ref().and_then(|old| old.right.as_ref())),
-        };
-        if let Some(old) = &old {
-            let pairs = [(&new.left, &old.left), (&new.right, &old.right)];
-            let changes: Vec<Tensor<2>> = pairs
-                .into_iter()
-                .filter_map(|(new, old)| {
-                    Some(kernels::gemm(new.clone()?.transpose(), old.clone()?, None, 1.0)) // P_new^T P_old
-                })
-                .collect();
-            let share = 1.0 / (self.rank * changes.len().max(1)) as f64;
-            let squares = changes.iter().map(|change| kernels::sum_squares(change.clone()) * share);
-            self.overlap = squares.reduce(|sum, part| sum + part);
-            if let (Moments::Rotate, [change]) = (self.config.moments, changes.as_slice()) {
-                self.turn = Some(change.clone());
-            }
-        }
-        self.refreshes += 1;
-        self.set(new);
-    }
-
-    /// Quantises the basis where the method does, and adds the columns of the norm's sketch.
-    fn set(&mut self, basis: Basis) {
-        let held = match (&self.config.quantised, &mut self.lazy) {
-            (Some(quantised), Some(lazy)) => {
-                lazy.watch(quantised, basis.left.as_ref().or(basis.right.as_ref()));
-                quantised.pack(basis).map(|side| side.map(Weight::Packed))
-            }
-            _ => [basis.left, basis.right].map(|side| side.map(Weight::Dense)),
-        };
-        self.use_basis(held);
-    }
-
-    fn use_basis(&mut self, basis: [Option<Weight>; 2]) {
-        let columns = self.sketch_columns();
-        let widened = |basis: Option<Weight>, purpose: &str| {
-            let basis = basis?;
-            let rows = basis.dims()[0];
-            let columns = columns.min(rows - self.rank);
-            let sketch = (columns > 0).then(|| {
-                let values = basis.dense(FloatDType::F32);
-                let deviation = (1.0 / columns as f64).sqrt();
-                let sketch = self.gaussian(purpose, rows, columns, deviation, &values.device());
-                let inside = kernels::gemm(values.clone().transpose(), sketch.clone(), None, 1.0);
-                kernels::gemm(values, inside, Some(sketch), -1.0)
-            });
-            Some(match (basis, sketch) {
-                (Weight::Packed(basis), others) => Directions::Packed { basis, others },
-                (Weight::Dense(basis), Some(others)) => Directions::Dense(Tensor::cat(vec![basis, others], 1)),
-                (Weight::Dense(basis), None) => Directions::Dense(basis),
-            })
-        };
-        let [left, right] = basis;
-        self.collected = Some([widened(left, "norm rows"), widened(right, "norm columns")]);
-    }
-
-    /// Takes the moments to the basis in use.
-    fn turn_moments(&mut self) {
-        if let Some(change) = self.turn.take() {
-            self.rule.rotate(&change);
-        }
-    }
-
     /// How the layer acts now with the updates that are not in its weight.
     fn offset(&self) -> Option<kernels::Offset> {
         let (down, pending) = (self.basis()?.left?, self.pending.as_ref()?);
@@ -505,18 +203,10 @@ pub fn ghost_norm(x: &Tensor<2>, dy: &Tensor<2>) -> Tensor<1> {
 
 impl MatrixOptimizer for Galore {
     fn collect(&mut self, micro_batches: usize) -> Gradient {
-        let is_due = self.refresh_is_due();
         self.squared_norm = None;
         self.is_chosen = false;
         self.sketch.clear();
-        self.plan = match (is_due, self.config.accumulation) {
-            _ if self.config.exact => Plan::Dense { refresh: is_due },
-            (false, _) if self.config.norm == Norm::Exact => Plan::Norm,
-            (false, _) => Plan::Projected,
-            (true, Accumulation::Dense) if micro_batches > 1 => Plan::Dense { refresh: true },
-            (true, Accumulation::Lagged) if micro_batches > 1 && self.collected.is_some() => Plan::RefreshLagged,
-            (true, _) => Plan::RefreshNow,
-        };
+        self.plan = self.next_plan(micro_batches);
         match (self.plan, &self.collected) {
             (Plan::Dense { .. }, _) => Gradient::Full,
             (Plan::Projected, Some([left, right])) => {
@@ -551,17 +241,7 @@ impl MatrixOptimizer for Galore {
                 None => part,
             });
         }
-        let started = Instant::now();
-        match self.plan {
-            Plan::RefreshNow if !self.is_chosen => {
-                let basis = self.basis_of_factors(&x, &dy);
-                self.install(basis);
-                self.is_chosen = true;
-            }
-            Plan::RefreshLagged => self.add_to_sketch(&x, &dy),
-            _ => {}
-        }
-        self.seconds += started.elapsed().as_secs_f64();
+        self.refresh_from_factors(&x, &dy);
         self.collect_factors(&x, &dy)
     }
 
@@ -585,12 +265,9 @@ impl MatrixOptimizer for Galore {
         let whole = self.squared_norm(&collected);
         let low = match self.plan {
             Plan::Dense { refresh } => {
-                let started = Instant::now();
                 if refresh {
-                    let basis = self.basis_of_gradient(&collected);
-                    self.install(basis);
+                    self.refresh_from_gradient(&collected);
                 }
-                self.seconds += started.elapsed().as_secs_f64();
                 let Some(basis) = self.basis() else { unreachable!("the first step refreshes") };
                 basis.project(collected)
             }
@@ -618,13 +295,7 @@ impl MatrixOptimizer for Galore {
             }
         };
         if self.plan == Plan::RefreshLagged {
-            let started = Instant::now();
-            weight = self.settle(weight);
-            if let Some(basis) = self.basis_of_sketch() {
-                self.install(basis);
-                self.turn_moments();
-            }
-            self.seconds += started.elapsed().as_secs_f64();
+            weight = self.refresh_from_sketch(weight);
         }
         self.step += 1;
         weight
@@ -699,11 +370,5 @@ impl MatrixOptimizer for Galore {
     }
 }
 
-/// The value of a `[1]` tensor.
-fn scalar(tensor: &Tensor<1>) -> f64 {
-    f64::from(tensor.clone().into_scalar::<f32>())
-}
-
 #[cfg(test)]
-#[path = "galore_tests.rs"]
 mod tests;

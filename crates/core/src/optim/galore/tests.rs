@@ -4,9 +4,12 @@
 //! is driven as a training step drives it: it says what it wants collected, and gets that from x and dy.
 #![allow(clippy::unwrap_used, clippy::panic)]
 
+use burn::tensor::Device;
+
 use super::*;
-use crate::optim::rules::AdamForm;
-use crate::optim::{AdamW, AdamWConfig};
+use crate::linalg;
+use crate::optim::q_galore::Quantised;
+use crate::optim::{AdamForm, AdamW, AdamWConfig, ProjType, RuleConfig};
 
 /// f32 against f32, normwise; the worst seen is a third of it.
 const CLOSE: f64 = 1e-5;
