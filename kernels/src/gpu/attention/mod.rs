@@ -18,7 +18,7 @@
 //! So attention is bound by arithmetic and the chunks by their scores, 16 bytes a pair forward (f32 written and read twice, weights
 //! written and read) and 26 backward: tiles in fragments win from about 15 % of the arithmetic's rate on, and take no memory. So
 //! they are chosen where a device has them. **No speed was measured on a GPU yet.** Chunks and registers were compared with the
-//! CPU on software Vulkan; fragments ran only as C++ for CUDA, translated for the CPU. Hence `trial.rs`: a device shows in a
+//! CPU on software Vulkan; fragments ran only as C++ for CUDA on the CPU (`codegen/emulated.rs`). Hence `trial.rs`: a device shows in a
 //! small case that it computes what the CPU does before its tiles are chosen. [`AttentionRoute`] is the switch by which a test or a
 //! bench compares all three, `LOWRANK_ATTENTION` that of a run.
 //!

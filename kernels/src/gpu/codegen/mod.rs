@@ -2,7 +2,8 @@
 //!
 //! `cargo test --package lowrank-kernels --features codegen --lib codegen`; the feature needs what `cuda` needs to
 //! build (README). A new kernel is a row of [`rows::ROWS`], and a test says which is missing. What is shown is that
-//! CubeCL accepts the kernel and that the result has its entry point. The compilers that come after this are not run;
+//! CubeCL accepts the kernel and that the result has its entry point; attention in fragments, which no software device has, is
+//! run besides (`emulated.rs`). The compilers that come after this are not run;
 //! for them, `CODEGEN_OUT` names a folder where every text is left: `ptxas -arch=sm_90a -v` and `spirv-as` take these.
 //!
 //! PTX of a kernel with exp, log or tanh needs `libdevice.10.bc` of a CUDA toolkit: `CUDA_PATH` names a folder with
@@ -10,6 +11,7 @@
 
 #![allow(clippy::panic, clippy::print_stderr, clippy::unwrap_used)]
 
+mod emulated;
 mod rows;
 
 use std::collections::{BTreeMap, BTreeSet};
