@@ -129,6 +129,10 @@ fn attention_by_tiles_passes_its_trial(scene: &Scene) {
     assert_eq!(ended.code, 0, "{}", ended.said);
     let said = "attention with heads of 16 numbers of F32: Registers in tiles, within ";
     assert!(ended.said.contains(said), "{}", ended.said);
+    // a software device has no tensor cores, and a run that does without them says so
+    let without = scene.run("chunks", &sets);
+    let said = "attention with heads of 16 numbers of F32: by chunks, no Fragments on this device";
+    assert!(without.said.contains(said), "{}", without.said);
     let losses = |run| scene.lines(run, "train").iter().map(|line| line["loss"].as_f64().unwrap()).collect::<Vec<_>>();
     let ended = scene.run("host", &[&["device=cpu"], &sets[1..]].concat());
     assert_eq!(ended.code, 0, "{}", ended.said);

@@ -36,6 +36,9 @@ pub(super) mod tiles_forward;
 #[cfg(feature = "flex")]
 mod trial;
 
+#[cfg(feature = "flex")]
+use std::sync::Once;
+
 use burn::tensor::DType;
 use burn_cubecl::tensor::CubeTensor;
 use cubecl::ir::features::MmaConfig;
@@ -113,8 +116,20 @@ fn chosen(s: &Sizes, q: &CubeTensor, bytes: fn(&Tile, usize) -> usize) -> Way {
         route::Attention::Registers => Form::Registers,
         route::Attention::Fragments => Form::Fragments,
     };
-    let tile = tile(form, s, q, bytes).filter(|_| trial::passes(form, s, q));
-    tile.map_or(Way::Chunks(0), Way::Tiles)
+    match tile(form, s, q, bytes) {
+        Some(tile) if trial::passes(form, s, q) => Way::Tiles(tile),
+        Some(_) => Way::Chunks(0),
+        None => {
+            static SAID: Once = Once::new();
+            SAID.call_once(|| {
+                let (width, dtype) = (s.width, q.dtype);
+                tracing::info!(
+                    "attention with heads of {width} numbers of {dtype:?}: by chunks, no {form:?} on this device"
+                );
+            });
+            Way::Chunks(0)
+        }
+    }
 }
 
 /// Without a CPU to compare them with, tiles are not chosen.
